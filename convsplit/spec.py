@@ -1,0 +1,114 @@
+"""The numbers of a convolution, and what it costs.
+
+Shape letters, used in names, comments and docstrings throughout convsplit:
+
+    N  batch                        K  positions of the kernel, kh * kw
+    O  output channels              R  components: the width of the depthwise stage
+    I  input channels               G  groups
+    H, W  height and width of a feature map
+
+A tensor with a leading G counts O, I and R per group; a tensor or number without it counts the whole layer.
+
+Costs are parameters (numbers stored) and MACs (multiply-accumulate operations; the "FLOPs" of some papers,
+half the FLOPs of `torch.utils.flop_counter`). A bias costs O parameters and no MACs, as is usual.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Pair = tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def pair(value: int | tuple[int, ...]) -> Pair:
+    """Write one number for both axes as two: `pair(3) == (3, 3)`."""
+    if isinstance(value, int):
+        return (value, value)
+    first, second = value
+    return (int(first), int(second))
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """The numbers that define a `Conv2d`, without its tensors.
+
+    >>> spec = ConvSpec.of(nn.Conv2d(64, 128, 3, padding=1))
+    >>> spec.params, spec.macs((56, 56))
+    (73856, 231211008)
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair | str = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    padding_mode: PaddingMode = "zeros"
+    bias: bool = False
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> ConvSpec:
+        """Read the numbers of a module that has the attributes of `Conv2d`."""
+        return cls(
+            in_channels=conv.in_channels,
+            out_channels=conv.out_channels,
+            kernel_size=pair(conv.kernel_size),
+            stride=pair(conv.stride),
+            padding=conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
+            dilation=pair(conv.dilation),
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            bias=conv.bias is not None,
+        )
+
+    @property
+    def positions(self) -> int:
+        """K, the number of positions of the kernel."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the weight: (O, I per group, kh, kw)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def weight_params(self) -> int:
+        """Parameters of the weight alone; every form keeps the bias, so this is what splitting can save."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def params(self) -> int:
+        """Parameters, bias included."""
+        return self.weight_params + self.out_channels * self.bias
+
+    def macs(self, output_hw: Pair) -> int:
+        """MACs for one image whose output has this height and width."""
+        return self.weight_params * math.prod(output_hw)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_json` reads them."""
+        padding = self.padding if isinstance(self.padding, str) else list(self.padding)
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "stride": list(self.stride),
+            "padding": padding,
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "padding_mode": self.padding_mode,
+            "bias": self.bias,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ConvSpec:
+        """Read what `to_json` wrote."""
+        pairs = {key: pair(tuple(data[key])) for key in ("kernel_size", "stride", "dilation")}
+        padding = data["padding"] if isinstance(data["padding"], str) else pair(tuple(data["padding"]))
+        return cls(**{**data, **pairs, "padding": padding})
