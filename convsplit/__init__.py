@@ -1,0 +1,13 @@
+"""convsplit: the convolutions of a trained model, split into depthwise and pointwise ones."""
+
+from convsplit.api import ConversionWarning as ConversionWarning
+from convsplit.api import convert as convert
+from convsplit.api import make_plan as make_plan
+from convsplit.layers import SeparableConv2d as SeparableConv2d
+from convsplit.plan import Budget as Budget
+from convsplit.plan import Plan as Plan
+from convsplit.plan import PlannedLayer as PlannedLayer
+from convsplit.rewrite import apply_plan as apply_plan
+from convsplit.rewrite import merge as merge
+
+__version__ = "0.1.0"

@@ -1,0 +1,137 @@
+"""The whole story on one page: model -> trace -> sites -> options -> plan -> converted model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from convsplit.allocate import allocate
+from convsplit.forms import FORMS
+from convsplit.options import Menu, Option, find_options
+from convsplit.plan import Budget, Plan, PlannedLayer
+from convsplit.rewrite import apply_plan
+from convsplit.sites import Site, Skip, find_sites
+from convsplit.trace import Batch, trace
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ConversionWarning(UserWarning):
+    """The conversion did less than was probably meant."""
+
+
+def convert(
+    model: M,
+    example_inputs: Batch = None,
+    *,
+    budget: Budget | None = None,
+    rank: int | str | None = None,
+    forms: str | Sequence[str] = tuple(FORMS),
+    skip: Skip = (),
+    seed: int = 0,
+    progress: bool | None = None,
+) -> M:
+    """Replace the standard convolutions of a trained model by depthwise-separable ones.
+
+    Args:
+        model: any module. It is never changed.
+        example_inputs: what the model is called with: a tensor, a tuple of positional arguments or a dict of
+            keyword arguments. They tell the shapes, so MACs are known and no layer gets more of them.
+        budget: what may be kept; half the parameters of the splittable convolutions if neither this nor `rank`.
+        rank: instead of a budget, the same for every layer: the depth multiplier of dw-pw and pw-dw, the CP rank
+            of pw-dw-pw, or "full" for an exact rewriting (whatever it costs).
+        forms: which of "dw-pw", "pw-dw" and "pw-dw-pw" to choose from, layer by layer.
+        skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
+        seed: fixes the start of CP; the same seed gives the same result.
+        progress: show a progress bar; by default only on a terminal.
+
+    Returns:
+        a deep copy of the model's own class, split layers under their old names.
+
+    Raises:
+        TypeError: not a module, or one that cannot be deep-copied.
+        ValueError: a budget that cannot be met (names the smallest that can), an unknown form, a bad rank, example
+            inputs that do not run (names the module and the shapes), a `skip` that matches nothing.
+
+    >>> import convsplit
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3))
+    >>> smaller = convsplit.convert(model, budget=convsplit.Budget(params=0.4))
+    >>> sum(p.numel() for p in smaller.parameters()) < 0.42 * sum(p.numel() for p in model.parameters())
+    True
+    """
+    plan = make_plan(
+        model, example_inputs, budget=budget, rank=rank, forms=forms, skip=skip, seed=seed, progress=progress
+    )
+    return apply_plan(model, plan, progress=progress)
+
+
+def make_plan(
+    model: nn.Module,
+    example_inputs: Batch = None,
+    *,
+    budget: Budget | None = None,
+    rank: int | str | None = None,
+    forms: str | Sequence[str] = tuple(FORMS),
+    skip: Skip = (),
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Plan:
+    """Decide what becomes of every convolution, without converting anything. Arguments as for `convert`.
+
+    >>> import convsplit
+    >>> plan = convsplit.make_plan(nn.Sequential(nn.Conv2d(16, 32, 3)), rank=1, forms="dw-pw")
+    >>> plan.layers[0].params
+    (4640, 688)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; want a torch.nn.Module, such as resnet18()")
+    if budget is not None and rank is not None:
+        raise ValueError(f"give budget= or rank=, not both (got {budget!r} and rank={rank!r})")
+    if budget is None and rank is None:
+        budget = Budget(params=0.5)
+    forms = [forms] if isinstance(forms, str) else list(forms)
+    traced = trace(model, example_inputs)
+    sites = find_sites(model, traced, skip=skip)
+    if not sites:
+        warnings.warn(_nothing_found(model), ConversionWarning, stacklevel=2)
+    menus = find_options(model, sites, forms=forms, rank=rank, seed=seed, progress=progress)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    if budget is None:
+        chosen = [_closest_split(menu) for menu in menus]
+    else:
+        chosen = allocate(menus, budget, model_params=params, model_macs=traced.macs)
+    layers = _planned_layers(sites, menus, chosen, traced.calls is not None)
+    return Plan(layers, params, traced.macs, budget, seed)
+
+
+def _closest_split(menu: Menu) -> Option:
+    """With a fixed rank nothing is traded: the form with the smallest error, dense only where none is allowed."""
+    return min(menu.options[1:], key=lambda option: (option.error, option.params), default=menu.dense)
+
+
+def _planned_layers(
+    sites: list[Site], menus: list[Menu], chosen: list[Option], called: bool
+) -> tuple[PlannedLayer, ...]:
+    choices = {menu.site.name: (menu, option) for menu, option in zip(menus, chosen, strict=True)}
+    layers = []
+    for site in sites:
+        if site.name not in choices:
+            layers.append(PlannedLayer(site.name, site.spec, reason=site.reason))
+            continue
+        menu, option = choices[site.name]
+        reason = ""
+        if option.dense:
+            reason = "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
+        if called and not site.calls:
+            reason = "; ".join(filter(None, (reason, "not reached by the example inputs")))
+        layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason))
+    return tuple(layers)
+
+
+def _nothing_found(model: nn.Module) -> str:
+    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)})
+    text = f"no Conv2d found in {type(model).__name__}: the result is a plain copy"
+    return f"{text} (there are {', '.join(others)}, which convsplit leaves alone)" if others else text

@@ -1,0 +1,221 @@
+"""The three separable forms: what a component costs, when a form is exact, and its best factors.
+
+All three write a kernel as a sum of R components, each the product of a vector over output channels, a vector
+over kernel positions and a vector over input channels,
+
+    W[o, i, k]  ~  sum_r outputs[o, r] · spatial[r, k] · inputs[r, i]
+
+and run as: mix the inputs (pointwise), filter each component (depthwise), mix the outputs (pointwise).
+
+    dw-pw      inputs[r] picks one channel: no first stage.     MobileNet's order (Howard et al., 2017)
+    pw-dw      outputs[:, r] picks one channel: no last stage.  Xception's order (Chollet, 2017)
+    pw-dw-pw   no restriction: the CP decomposition.            MobileNetV2's order (Sandler et al., 2018)
+
+In the first two, R is I·m or O·m with depth multiplier m, or any number when channels get unequal shares.
+With G groups, every group has R / G components.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convsplit.lowrank import CP, SliceSVD, cp, cp_curve, slice_svd
+from convsplit.spec import ConvSpec, Pair
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The components of one kernel; O, I and R count per group. The stage that picks channels is an index."""
+
+    spatial: Tensor  # [G, R, K]
+    outputs: Tensor | None = None  # [G, O, R]; None where each component adds to one output channel
+    inputs: Tensor | None = None  # [G, R, I]; None where each component reads one input channel
+    channels: Tensor | None = None  # [G, R], rising: the channel of each component where a stage is None
+
+    def kernel(self, out_channels: int, in_channels: int) -> Tensor:
+        """The kernel [G, O, I, K] these components add up to; both channel counts per group."""
+        outputs = self._picked(out_channels).mT if self.outputs is None else self.outputs
+        inputs = self._picked(in_channels) if self.inputs is None else self.inputs
+        filters = inputs.unsqueeze(-1) * self.spatial.unsqueeze(-2)  # [G, R, I, K]
+        return (outputs @ filters.flatten(2)).reshape(*outputs.shape[:2], *filters.shape[2:])
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same factors in another dtype."""
+        outputs = None if self.outputs is None else self.outputs.to(dtype)
+        inputs = None if self.inputs is None else self.inputs.to(dtype)
+        return Factors(self.spatial.to(dtype), outputs, inputs, self.channels)
+
+    def balanced(self) -> Factors:
+        """The same kernel with each component's norm spread equally over the stages.
+
+        The product is unchanged by moving a factor from one stage to another; equal norms keep gradients of the
+        stages comparable, weight decay fair and every value inside the range of half precision.
+        """
+        norms = [self.spatial.norm(dim=2)]
+        norms += [] if self.outputs is None else [self.outputs.norm(dim=1)]
+        norms += [] if self.inputs is None else [self.inputs.norm(dim=2)]
+        stacked = torch.stack(norms)  # [stages, G, R]
+        alive = (stacked > 0).all(dim=0)
+        mean = torch.where(alive, stacked, 1.0).log().mean(dim=0).exp()
+        scale = torch.where(alive, mean / torch.where(alive, stacked, 1.0), 0.0)
+        by_stage = iter(scale)
+        spatial = self.spatial * next(by_stage).unsqueeze(2)
+        outputs = None if self.outputs is None else self.outputs * next(by_stage).unsqueeze(1)
+        inputs = None if self.inputs is None else self.inputs * next(by_stage).unsqueeze(2)
+        return replace(self, spatial=spatial, outputs=outputs, inputs=inputs)
+
+    def _picked(self, channels: int) -> Tensor:
+        assert self.channels is not None
+        return torch.nn.functional.one_hot(self.channels, channels).to(self.spatial.dtype)
+
+
+def grouped(weight: Tensor, groups: int) -> Tensor:
+    """View a weight [O, I per group, kh, kw] as [G, O per group, I per group, K]."""
+    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def ungrouped(kernel: Tensor, kernel_size: Pair) -> Tensor:
+    """The weight [O, I per group, kh, kw] of a kernel [G, O, I, K]."""
+    return kernel.flatten(0, 1).reshape(-1, kernel.shape[2], *kernel_size)
+
+
+class Form:
+    """One way to write a convolution as depthwise and pointwise stages. `components` is R of the whole layer."""
+
+    name: str
+    expands: bool  # starts with a pointwise stage
+    projects: bool  # ends with a pointwise stage
+
+    def channels(self, spec: ConvSpec) -> int:
+        """Channels that components belong to: the step of R at which every channel has equally many."""
+        raise NotImplementedError
+
+    def exact(self, spec: ConvSpec) -> int:
+        """The number of components at which any kernel of this shape is reproduced exactly."""
+        raise NotImplementedError
+
+    def errors(self, kernel: Tensor, components: Sequence[int], *, even: bool = False, seed: int = 0) -> list[float]:
+        """Relative Frobenius error of the best factors of kernel [G, O, I, K] at each number of components."""
+        raise NotImplementedError
+
+    def factorise(self, kernel: Tensor, components: int, *, even: bool = False, seed: int = 0) -> Factors:
+        """The best factors of kernel [G, O, I, K], balanced."""
+        raise NotImplementedError
+
+    def components(self, spec: ConvSpec, rank: int) -> int:
+        """R for a rank as users give it: the depth multiplier, or the CP rank per group, at most the exact one."""
+        return min(rank * self.channels(spec), self.exact(spec))
+
+    def params(self, spec: ConvSpec, components: int) -> int:
+        """Parameters of the stages, without bias."""
+        return components * self._params_per_component(spec)
+
+    def most_components(self, spec: ConvSpec) -> int:
+        """The largest R, a multiple of the groups, that has fewer parameters than the dense weight."""
+        most = (spec.weight_params - 1) // self._params_per_component(spec)
+        return min(most, self.exact(spec)) // spec.groups * spec.groups
+
+    def macs(self, spec: ConvSpec, components: int, input_hw: Pair, output_hw: Pair) -> int:
+        """MACs of the stages for one image: the first pointwise stage runs at the input's size."""
+        expand = self.expands * math.prod(input_hw) * spec.in_channels // spec.groups
+        project = self.projects * math.prod(output_hw) * spec.out_channels // spec.groups
+        return components * (expand + math.prod(output_hw) * spec.positions + project)
+
+    def _params_per_component(self, spec: ConvSpec) -> int:
+        expand, project = self.expands * spec.in_channels, self.projects * spec.out_channels
+        return expand // spec.groups + spec.positions + project // spec.groups
+
+    def __repr__(self) -> str:
+        return f"Form({self.name!r})"
+
+
+class DepthwisePointwise(Form):
+    """Depthwise I -> R, pointwise R -> O. Per input channel, the truncated SVD of W[:, i, :]."""
+
+    name, expands, projects = "dw-pw", False, True
+
+    def channels(self, spec: ConvSpec) -> int:
+        return spec.in_channels
+
+    def exact(self, spec: ConvSpec) -> int:
+        return spec.in_channels * min(spec.out_channels // spec.groups, spec.positions)
+
+    def errors(self, kernel: Tensor, components: Sequence[int], *, even: bool = False, seed: int = 0) -> list[float]:
+        return _slice_errors(slice_svd(kernel.transpose(1, 2)), components, even)
+
+    def factorise(self, kernel: Tensor, components: int, *, even: bool = False, seed: int = 0) -> Factors:
+        channels, left, right = _kept_triplets(slice_svd(kernel.transpose(1, 2)), components, even)
+        return Factors(spatial=right, outputs=left.mT, channels=channels).balanced()
+
+
+class PointwiseDepthwise(Form):
+    """Pointwise I -> R, depthwise R -> O. Per output channel, the truncated SVD of W[o]."""
+
+    name, expands, projects = "pw-dw", True, False
+
+    def channels(self, spec: ConvSpec) -> int:
+        return spec.out_channels
+
+    def exact(self, spec: ConvSpec) -> int:
+        return spec.out_channels * min(spec.in_channels // spec.groups, spec.positions)
+
+    def errors(self, kernel: Tensor, components: Sequence[int], *, even: bool = False, seed: int = 0) -> list[float]:
+        return _slice_errors(slice_svd(kernel), components, even)
+
+    def factorise(self, kernel: Tensor, components: int, *, even: bool = False, seed: int = 0) -> Factors:
+        channels, left, right = _kept_triplets(slice_svd(kernel), components, even)
+        return Factors(spatial=right, inputs=left, channels=channels).balanced()
+
+
+class PointwiseDepthwisePointwise(Form):
+    """Pointwise I -> R, depthwise R, pointwise R -> O. The CP decomposition of the kernel."""
+
+    name, expands, projects = "pw-dw-pw", True, True
+
+    def channels(self, spec: ConvSpec) -> int:
+        return spec.groups
+
+    def exact(self, spec: ConvSpec) -> int:
+        # An SVD of each slice is a CP decomposition with one factor made of unit vectors; slice the cheapest way.
+        I, O, K = spec.in_channels // spec.groups, spec.out_channels // spec.groups, spec.positions
+        return spec.groups * min(I * min(O, K), O * min(I, K), K * min(I, O))
+
+    def errors(self, kernel: Tensor, components: Sequence[int], *, even: bool = False, seed: int = 0) -> list[float]:
+        return cp_curve(kernel, [count // kernel.shape[0] for count in components], seed=seed)
+
+    def factorise(self, kernel: Tensor, components: int, *, even: bool = False, seed: int = 0) -> Factors:
+        fit: CP = cp(kernel, components // kernel.shape[0], seed=seed)
+        return Factors(spatial=fit.C.mT, outputs=fit.A, inputs=fit.B.mT).balanced()
+
+
+FORMS: dict[str, Form] = {
+    form.name: form for form in (DepthwisePointwise(), PointwiseDepthwise(), PointwiseDepthwisePointwise())
+}
+
+
+def form_named(name: str) -> Form:
+    """Look a form up; an unknown name raises ValueError with the known ones."""
+    if name not in FORMS:
+        raise ValueError(f"unknown form {name!r}; the forms are {', '.join(map(repr, FORMS))}")
+    return FORMS[name]
+
+
+def _slice_errors(svd: SliceSVD, components: Sequence[int], even: bool) -> list[float]:
+    groups, channels, _ = svd.values.shape
+    curve = svd.errors(even=even).tolist()
+    step = groups * channels if even else groups
+    return [curve[min(count // step, len(curve) - 1)] for count in components]
+
+
+def _kept_triplets(svd: SliceSVD, components: int, even: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Channel [G, R] of each kept triplet, its left vector times its singular value [G, R, m], right [G, R, n]."""
+    groups, _, triplets = svd.values.shape
+    kept = svd.keep(components // groups, even=even)
+    rows = torch.arange(groups, device=kept.device).unsqueeze(1)
+    left = svd.left.mT.flatten(1, 2)[rows, kept] * svd.values.flatten(1)[rows, kept].unsqueeze(2)
+    return kept // triplets, left, svd.right.flatten(1, 2)[rows, kept]

@@ -1,0 +1,397 @@
+"""SeparableConv2d: a convolution written as depthwise and pointwise stages.
+
+    dw-pw      depthwise I -> R   pointwise R -> O
+    pw-dw      pointwise I -> R   depthwise R -> O
+    pw-dw-pw   pointwise I -> R   depthwise R -> R   pointwise R -> O
+
+Every stage is a plain `nn.Conv2d` (so that quantisers, counters and fusers know what to do) that can be looked up
+by name: `pointwise_in`, `depthwise`, `pointwise_out`. Stride, padding, dilation and padding mode belong to the
+depthwise stage alone. The bias belongs to the last stage: a bias before the depthwise stage would meet its zero
+padding and be wrong along the borders.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
+from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
+
+_STAGES = ("gather", "pointwise_in", "depthwise", "pointwise_out", "sum")
+
+
+class ChannelGather(nn.Module):
+    """Pick input channels, so that one true depthwise stage can give channels unequal multiplicities."""
+
+    channels: Tensor
+
+    def __init__(self, channels: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("channels", channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.index_select(x, 1, self.channels)
+
+
+class ChannelSum(nn.Module):
+    """Add each channel to the output channel it belongs to, and the bias: ChannelGather's transpose."""
+
+    channels: Tensor
+
+    def __init__(self, channels: Tensor, out_channels: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.register_buffer("channels", channels)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = cast("Tensor | None", self.bias)
+        start = x.new_zeros(self.out_channels) if bias is None else bias.to(x.dtype)
+        shape = (x.shape[0], self.out_channels, x.shape[2], x.shape[3])
+        return start.view(1, -1, 1, 1).expand(shape).index_add(1, self.channels, x)
+
+
+class SeparableConv2d(nn.Module):
+    """A depthwise-separable convolution with the arguments and the metadata of `nn.Conv2d`.
+
+    Args:
+        form: `"dw-pw"`, `"pw-dw"` or `"pw-dw-pw"`.
+        rank: the depth multiplier of dw-pw and pw-dw (1 is the classical depthwise-separable convolution), the
+            number of components per group of pw-dw-pw (the CP rank). Default 1, except for pw-dw-pw.
+        components: instead of `rank`, R: the width of the depthwise stage. dw-pw and pw-dw may then give channels
+            unequal multiplicities, for any R that is a multiple of `groups`.
+        device, dtype and all others: as for `nn.Conv2d`.
+
+    Shape: input [N, in_channels, H, W], output [N, out_channels, H', W'] as for `nn.Conv2d`.
+
+    Raises:
+        ValueError: an unknown form, a rank below 1, components that do not fit the groups.
+
+    Source: Howard et al. 2017 (1704.04861); Chollet 2017 (1610.02357); Sandler et al. 2018 (1801.04381).
+
+    >>> layer = SeparableConv2d(8, 16, 3, padding=1, form="pw-dw", rank=2)
+    >>> layer(torch.zeros(1, 8, 5, 5)).shape
+    torch.Size([1, 16, 5, 5])
+    >>> layer.weight.shape                      # the dense kernel the stages add up to
+    torch.Size([16, 8, 3, 3])
+    """
+
+    depthwise: nn.Conv2d
+    transposed = False
+    output_padding = (0, 0)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        form: str = "dw-pw",
+        rank: int | None = None,
+        components: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = ConvSpec(
+            in_channels, out_channels, pair(kernel_size), pair(stride),
+            padding if isinstance(padding, str) else pair(padding),
+            pair(dilation), groups, padding_mode, bias,
+        )  # fmt: skip
+        self.form = form
+        self.components, self.even = resolve_rank(form_named(form), self.spec, rank, components)
+        for name, stage in self._make_stages(device, dtype).items():
+            self.add_module(name, stage)
+
+    def _make_stages(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> OrderedDict[str, nn.Module]:
+        spec, form, R = self.spec, form_named(self.form), self.components
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        gathers = not self.even and not form.expands
+        sums = not self.even and not form.projects
+        stages: OrderedDict[str, nn.Module] = OrderedDict()
+        if gathers:
+            stages["gather"] = ChannelGather(_spread(R, spec.in_channels, spec.groups, device))
+        if form.expands:
+            stages["pointwise_in"] = nn.Conv2d(spec.in_channels, R, 1, groups=spec.groups, bias=False, **factory)
+        reads = R if form.expands or gathers else spec.in_channels
+        writes = R if form.projects or sums else spec.out_channels
+        stages["depthwise"] = nn.Conv2d(
+            reads, writes, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
+            groups=min(reads, writes), padding_mode=spec.padding_mode,
+            bias=spec.bias and writes == spec.out_channels and not (form.projects or sums), **factory,
+        )  # fmt: skip
+        if form.projects:
+            stages["pointwise_out"] = nn.Conv2d(
+                R, spec.out_channels, 1, groups=spec.groups, bias=spec.bias, **factory
+            )
+        if sums:
+            bias = torch.zeros(spec.out_channels, **factory) if spec.bias else None
+            stages["sum"] = ChannelSum(_spread(R, spec.out_channels, spec.groups, device), spec.out_channels, bias)
+        return stages
+
+    def forward(self, x: Tensor) -> Tensor:
+        unbatched = x.dim() == 3
+        if unbatched:
+            x = x.unsqueeze(0)
+        for stage in self.stages.values():
+            x = stage(x)
+        return x.squeeze(0) if unbatched else x
+
+    @property
+    def stages(self) -> dict[str, nn.Module]:
+        """The stages by name, in the order in which they run."""
+        return {name: cast(nn.Module, self._modules[name]) for name in _STAGES if name in self._modules}
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        form: str = "dw-pw",
+        rank: int | None = None,
+        components: int | None = None,
+        seed: int = 0,
+    ) -> SeparableConv2d:
+        """The best approximation of `conv` in this form, on its device, in its dtype and memory format.
+
+        `conv` is not changed. `rank` and `components` as for the class; `seed` fixes the start of CP.
+
+        Raises:
+            ValueError: as the class; also where the weight holds NaN or infinite values.
+
+        >>> conv = nn.Conv2d(8, 16, 3).double()
+        >>> exact = SeparableConv2d.from_conv(conv, form="dw-pw", rank=9)     # rank 9 = 3 x 3: no error
+        >>> torch.allclose(exact.weight, conv.weight)
+        True
+        """
+        R, even = resolve_rank(form_named(form), ConvSpec.of(conv), rank, components)
+        return cls.empty_like(conv, form=form, components=R, even=even).initialise_from(conv, seed=seed)
+
+    @classmethod
+    def empty_like(
+        cls, conv: nn.Conv2d, *, form: str, components: int, even: bool = False, bias: bool | None = None
+    ) -> SeparableConv2d:
+        """An untrained layer of the shape of `conv`, zeros inside: to be filled from a checkpoint or from factors.
+
+        Keeps what the module carries besides numbers: device, dtype, memory format, `requires_grad`, train or eval.
+        """
+        spec = ConvSpec.of(conv)
+        layer = cls(
+            spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
+            spec.groups, spec.bias if bias is None else bias, spec.padding_mode,
+            device="meta", dtype=conv.weight.dtype, form=form,
+            **_rank_arguments(form_named(form), spec, components, even),
+        )  # fmt: skip
+        # Built on meta and only then given memory: the default initialisation would move the user's random state.
+        if conv.weight.device.type != "meta":
+            layer.to_empty(device=conv.weight.device)
+        for parameter in layer.parameters():
+            parameter.requires_grad_(conv.weight.requires_grad)
+            if not parameter.is_meta:
+                parameter.data.zero_()
+        for stage in layer.children():
+            if isinstance(stage, ChannelGather | ChannelSum) and not stage.channels.is_meta:
+                width = spec.in_channels if isinstance(stage, ChannelGather) else spec.out_channels
+                stage.channels.copy_(_spread(components, width, spec.groups, None))
+        if layer.bias is not None and conv.bias is not None:
+            layer.bias.requires_grad_(conv.bias.requires_grad)
+        if _is_channels_last(conv.weight):
+            layer.to(memory_format=torch.channels_last)
+        return layer.train(conv.training)
+
+    @torch.no_grad()
+    def initialise_from(self, conv: nn.Conv2d, *, seed: int = 0) -> SeparableConv2d:
+        """Fill the stages with the best factors of the weight of `conv`, and copy its bias. Returns the layer.
+
+        Raises:
+            ValueError: the weight holds NaN or infinite values.
+        """
+        if not conv.weight.isfinite().all():
+            raise ValueError(f"the weight of {conv} holds NaN or infinite values and cannot be factorised")
+        # float32 at least: half precision has no linear algebra, and its rounding would enter the factors twice.
+        wide = torch.promote_types(conv.weight.dtype, torch.float32)
+        kernel = grouped(conv.weight.detach().to(wide), self.spec.groups).contiguous()
+        form = form_named(self.form)
+        self.load_factors(form.factorise(kernel, self.components, even=self.even, seed=seed))
+        if conv.bias is not None:
+            cast(Tensor, self.bias).copy_(conv.bias)
+        return self
+
+    @torch.no_grad()
+    def load_factors(self, factors: Factors) -> None:
+        """Copy factors of a kernel [G, O, I, K] into the stages; their dtype and device are kept."""
+        stages = self.stages
+        depthwise = self.depthwise.weight
+        depthwise.copy_(factors.spatial.reshape(depthwise.shape))
+        for name, factor in (("pointwise_in", factors.inputs), ("pointwise_out", factors.outputs)):
+            if factor is not None:
+                cast(nn.Conv2d, stages[name]).weight.copy_(factor.flatten(0, 1)[:, :, None, None])
+        for name, width in (("gather", self.spec.in_channels), ("sum", self.spec.out_channels)):
+            if name in stages and factors.channels is not None:
+                cast(ChannelGather, stages[name]).channels.copy_(_offset(factors.channels, width))
+
+    def factors(self) -> Factors:
+        """The stages as factors of the kernel [G, O, I, K]; gradients flow through."""
+        stages, G = self.stages, self.spec.groups
+        R = self.components // G
+        spatial = self.depthwise.weight.reshape(G, R, -1)
+        inputs = outputs = channels = None
+        if "pointwise_in" in stages:
+            inputs = cast(nn.Conv2d, stages["pointwise_in"]).weight.reshape(G, R, -1)
+        if "pointwise_out" in stages:
+            outputs = cast(nn.Conv2d, stages["pointwise_out"]).weight.reshape(G, -1, R)
+        if inputs is None or outputs is None:
+            width = self.in_channels if inputs is None else self.out_channels
+            index = stages.get("gather", stages.get("sum"))
+            flat = (
+                _spread(self.components, width, G, spatial.device)
+                if index is None
+                else cast(ChannelGather, index).channels
+            )
+            channels = flat.reshape(G, R) % (width // G)
+        return Factors(spatial, outputs, inputs, channels)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel [O, I per group, kh, kw] the stages add up to: computed, differentiable, read-only."""
+        G = self.spec.groups
+        kernel = self.factors().kernel(self.out_channels // G, self.in_channels // G)
+        return ungrouped(kernel, self.kernel_size)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the last stage."""
+        *_, last = self.stages.values()
+        return cast("nn.Parameter | None", last.bias)
+
+    def merged(self) -> nn.Conv2d:
+        """The one `Conv2d` this layer equals, on the same device, in the same dtype, memory format and mode."""
+        spec, first = self.spec, next(self.parameters())
+        conv = nn.Conv2d(
+            spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
+            spec.groups, spec.bias, spec.padding_mode, device="meta", dtype=first.dtype,
+        )  # fmt: skip
+        if not first.is_meta:
+            conv.to_empty(device=first.device)
+            with torch.no_grad():
+                # Multiply in float32 at least, so that half precision rounds the product once.
+                factors = self.factors().to(torch.promote_types(first.dtype, torch.float32))
+                kernel = factors.kernel(spec.out_channels // spec.groups, spec.in_channels // spec.groups)
+                conv.weight.copy_(ungrouped(kernel, spec.kernel_size))
+                if conv.bias is not None:
+                    conv.bias.copy_(cast(Tensor, self.bias))
+        conv.weight.requires_grad_(first.requires_grad)
+        if conv.bias is not None:
+            conv.bias.requires_grad_(cast(Tensor, self.bias).requires_grad)
+        if any(_is_channels_last(p) for p in self.parameters()):
+            conv.to(memory_format=torch.channels_last)
+        return conv.train(self.training)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank as given: multiplier or CP rank; None where channels have unequal multiplicities."""
+        return self.components // form_named(self.form).channels(self.spec) if self.even else None
+
+    @property
+    def in_channels(self) -> int:
+        return self.spec.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.spec.out_channels
+
+    @property
+    def kernel_size(self) -> Pair:
+        return self.spec.kernel_size
+
+    @property
+    def stride(self) -> Pair:
+        return self.spec.stride
+
+    @property
+    def padding(self) -> Pair | str:
+        return self.spec.padding
+
+    @property
+    def dilation(self) -> Pair:
+        return self.spec.dilation
+
+    @property
+    def groups(self) -> int:
+        return self.spec.groups
+
+    @property
+    def padding_mode(self) -> str:
+        return self.spec.padding_mode
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"{name} of a SeparableConv2d cannot be assigned; change the stages "
+                f"({', '.join(self.stages)}) or replace the layer by layer.merged()"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        rank = f"rank={self.rank}" if self.even else f"components={self.components}"
+        text = f"{s.in_channels}, {s.out_channels}, kernel_size={s.kernel_size}, stride={s.stride}"
+        text += f", padding={s.padding!r}" if s.padding not in ((0, 0), "valid") else ""
+        text += f", dilation={s.dilation}" if s.dilation != (1, 1) else ""
+        text += f", groups={s.groups}" if s.groups != 1 else ""
+        text += f", padding_mode={s.padding_mode!r}" if s.padding_mode != "zeros" else ""
+        text += ", bias=False" if not s.bias else ""
+        return f"{text}, form={self.form!r}, {rank}"
+
+
+def resolve_rank(form: Form, spec: ConvSpec, rank: int | None, components: int | None) -> tuple[int, bool]:
+    """Number of components, and whether every channel has equally many, from one of the two arguments."""
+    if rank is not None and components is not None:
+        raise ValueError(f"give rank= or components=, not both (got {rank} and {components})")
+    if components is not None:
+        if components < 1 or components % spec.groups:
+            raise ValueError(f"components={components}: want a positive multiple of groups={spec.groups}")
+        return components, form.expands and form.projects
+    if rank is None:
+        if form.expands and form.projects:
+            raise ValueError(f"form {form.name!r} wants rank=, the number of components per group")
+        rank = 1
+    if rank < 1:
+        raise ValueError(f"rank={rank}: the rank is at least 1")
+    return form.components(spec, rank), True
+
+
+def _rank_arguments(form: Form, spec: ConvSpec, components: int, even: bool) -> dict[str, int]:
+    return {"rank": components // form.channels(spec)} if even else {"components": components}
+
+
+def _spread(components: int, channels: int, groups: int, device: torch.device | str | None) -> Tensor:
+    """Channels [R] of components given out as evenly as they go, the same number in every group."""
+    per_group = torch.arange(components // groups) * (channels // groups) // (components // groups)
+    return _offset(per_group.expand(groups, -1), channels).to(device)
+
+
+def _offset(channels: Tensor, width: int) -> Tensor:
+    """Flatten channels [G, R] that count from each group's first to channels [R] of the whole layer."""
+    groups = channels.shape[0]
+    first = torch.arange(groups, device=channels.device).unsqueeze(1) * (width // groups)
+    return (channels + first).flatten()
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """Whether a weight is stored channels_last; shapes for which both layouts coincide do not count."""
+    return (
+        weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    )

@@ -1,0 +1,13 @@
+"""Low-rank factorisation of kernels: the only room that imports tensorly.
+
+    svd.py   every slice of a kernel at once, and which of their singular triplets to keep
+    cp.py    the canonical polyadic decomposition of a whole kernel
+
+Nothing here knows about modules, plans or budgets: tensors in, factors out.
+"""
+
+from convsplit.lowrank.cp import CP as CP
+from convsplit.lowrank.cp import cp as cp
+from convsplit.lowrank.cp import cp_curve as cp_curve
+from convsplit.lowrank.svd import SliceSVD as SliceSVD
+from convsplit.lowrank.svd import slice_svd as slice_svd

@@ -1,0 +1,169 @@
+"""Options: every way to run one convolution, with what it costs and how far it is from the original.
+
+"Keep dense" is always the first option of a site; the others cost less than it, in parameters and, where shapes
+are known, in MACs. Errors are relative Frobenius errors of the weight,
+
+    || W - W' || / || W ||,   each output channel scaled by what the following batch norm makes of it,
+
+so that 0 is exact and 1 is as bad as leaving the layer out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from convsplit.forms import FORMS, Form, form_named, grouped
+from convsplit.progress import track
+from convsplit.sites import Site
+from convsplit.spec import ConvSpec
+
+GRID = 24  # ranks tried per form, in equal ratios: steps of about 15 % between 3 % and all of the dense cost
+SMALLEST = 0.03
+MULTIPLE = 8  # widths that are multiples of it fill the vector registers of every current CPU and GPU
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a convolution. `form` is empty for the dense one; `macs` adds up its calls, None if unknown."""
+
+    form: str
+    components: int
+    even: bool
+    params: int
+    macs: int | None
+    error: float | None
+
+    @property
+    def dense(self) -> bool:
+        return not self.form
+
+
+@dataclass(frozen=True)
+class Menu:
+    """A site and its options, the dense one first."""
+
+    site: Site
+    options: tuple[Option, ...]
+
+    @property
+    def dense(self) -> Option:
+        return self.options[0]
+
+
+def find_options(
+    model: nn.Module,
+    sites: Iterable[Site],
+    *,
+    forms: Sequence[str] = tuple(FORMS),
+    rank: int | str | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> list[Menu]:
+    """The options of every splittable site: a grid of ranks of each form, or the one given `rank`.
+
+    Raises:
+        ValueError: an unknown form, or a rank that is neither a positive integer nor "full".
+    """
+    chosen = [form_named(name) for name in forms]
+    if not chosen:
+        raise ValueError(f"forms is empty; name at least one of {', '.join(map(repr, FORMS))}")
+    check_rank(rank)
+    modules = dict(model.named_modules())
+    splittable = [site for site in sites if site.splittable]
+    return [
+        Menu(site, (dense_option(site), *_options(modules, site, chosen, rank, seed)))
+        for site in track(splittable, "Error curves", progress=progress)
+    ]
+
+
+def check_rank(rank: int | str | None) -> None:
+    """Refuse what is not a rank."""
+    if rank is None or rank == "full":
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f'rank={rank!r}: want a positive integer, "full" or None')
+    if rank < 1:
+        raise ValueError(f"rank={rank}: the rank is at least 1")
+
+
+def dense_option(site: Site) -> Option:
+    """The convolution as it is."""
+    assert site.spec is not None
+    macs = sum(call.images * site.spec.macs(call.output_hw) for call in site.calls) if site.calls else None
+    return Option("", 0, True, site.spec.weight_params, macs, 0.0)
+
+
+def scaled_kernel(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
+    """The kernel [G, O, I, K] in float32 or wider, each output channel times the gain of the batch norm after it."""
+    weight = conv.weight.detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return grouped(weight * channel_gain(conv, norm).to(weight)[:, None, None, None], conv.groups).contiguous()
+
+
+def channel_gain(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
+    """What the batch norm makes of each output channel [O]: |gamma| / sqrt(variance + eps), ones without one."""
+    variance = getattr(norm, "running_var", None)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or variance is None:
+        return torch.ones(conv.out_channels, device=conv.weight.device)
+    gain = (variance.detach().float() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        gain = gain * norm.weight.detach().float().abs()
+    usable = bool(gain.isfinite().all()) and bool((gain > 0).any()) and gain.shape[0] == conv.out_channels
+    return gain if usable else torch.ones_like(gain)
+
+
+def _options(
+    modules: dict[str, nn.Module], site: Site, forms: Sequence[Form], rank: int | str | None, seed: int
+) -> list[Option]:
+    spec, conv = site.spec, modules[site.name]
+    assert spec is not None
+    assert isinstance(conv, nn.Conv2d)
+    kernel = scaled_kernel(conv, modules.get(site.norm))
+    if rank == "full":
+        return [min((_full(site, form) for form in forms), key=lambda option: option.params)]
+    options: list[Option] = []
+    for form in forms:
+        counts = _grid(form, spec) if rank is None else [form.components(spec, int(rank))]
+        even = rank is not None or (form.expands and form.projects)
+        if counts:
+            errors = form.errors(kernel, counts, even=even, seed=seed)
+            options += [_option(site, form, R, even, error) for R, error in zip(counts, errors, strict=True)]
+    dense = dense_option(site)
+    return [option for option in options if _costs_less(option, dense)]
+
+
+def _full(site: Site, form: Form) -> Option:
+    assert site.spec is not None
+    return _option(site, form, form.exact(site.spec), True, 0.0)
+
+
+def _option(site: Site, form: Form, components: int, even: bool, error: float) -> Option:
+    spec = site.spec
+    assert spec is not None
+    macs = None
+    if site.calls:
+        macs = sum(c.images * form.macs(spec, components, c.input_hw, c.output_hw) for c in site.calls)
+    return Option(form.name, components, even, form.params(spec, components), macs, error)
+
+
+def _costs_less(option: Option, dense: Option) -> bool:
+    fewer_macs = option.macs is None or dense.macs is None or option.macs < dense.macs
+    return option.params < dense.params and fewer_macs
+
+
+def _grid(form: Form, spec: ConvSpec) -> list[int]:
+    """Numbers of components in equal ratios up to the largest that saves parameters."""
+    most = form.most_components(spec)
+    if most < spec.groups:
+        return []
+    step = spec.groups * (MULTIPLE // math.gcd(MULTIPLE, spec.groups) if most >= 8 * MULTIPLE * spec.groups else 1)
+    ratio = SMALLEST ** (1 / (GRID - 1))
+    wanted = (most * ratio**index for index in range(GRID))
+    return sorted(
+        {max(step, round(count / step) * step) for count in wanted if count >= spec.groups} & set(range(most + 1))
+    )

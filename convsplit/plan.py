@@ -1,0 +1,289 @@
+"""Plans: what becomes of every convolution of a model, as a value that prints, compares, and goes to JSON and back.
+
+A plan holds names and numbers, never tensors. Make one with `make_plan`, read it, change it with `keep_dense` and
+`choose`, store it, and apply it to the model or to another instance of the same architecture.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from convsplit.forms import form_named
+from convsplit.layers import resolve_rank
+from convsplit.options import Option
+from convsplit.spec import ConvSpec
+from convsplit.tables import Table, count, ratio, share
+
+FORMAT = 1  # raised when the JSON of plans changes so that older versions cannot read it
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be kept. Give exactly one of the fractions.
+
+    Args:
+        params: parameters, as a fraction in (0, 1] of what the splittable convolutions have today.
+        macs: multiply-accumulates, likewise; needs example inputs.
+        error: instead, the largest relative weight error any layer may have; the cheapest such plan is made.
+        of: "splittable" measures the fraction against the convolutions that can be split, "model" against all of
+            the model's parameters (or all convolutions' MACs).
+
+    Raises:
+        ValueError: none or several fractions, or one outside (0, 1].
+
+    >>> Budget(params=0.5)
+    Budget(params=0.5)
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    error: float | None = None
+    of: str = "splittable"
+
+    def __post_init__(self) -> None:
+        given = {key: getattr(self, key) for key in ("params", "macs", "error") if getattr(self, key) is not None}
+        if len(given) != 1:
+            got = ", ".join(f"{key}={value}" for key, value in given.items()) or "none"
+            raise ValueError(f"a budget is one of params=, macs= or error=; got {got}")
+        ((key, value),) = given.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f"Budget({key}={value!r}): want a fraction in (0, 1]; for a half, say {key}=0.5")
+        if self.of not in ("splittable", "model"):
+            raise ValueError(f'Budget(of={self.of!r}): want "splittable" or "model"')
+
+    @property
+    def kind(self) -> str:
+        """Which of the fractions is given: "params", "macs" or "error"."""
+        return next(key for key in ("params", "macs", "error") if getattr(self, key) is not None)
+
+    @property
+    def fraction(self) -> float:
+        return float(getattr(self, self.kind))
+
+    def __repr__(self) -> str:
+        of = "" if self.of == "splittable" else f", of={self.of!r}"
+        return f"Budget({self.kind}={self.fraction:g}{of})"
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What becomes of one convolution. `option` is None where it cannot be split; `reason` tells why it is dense."""
+
+    name: str
+    spec: ConvSpec | None
+    dense: Option | None = None
+    option: Option | None = None
+    reason: str = ""
+
+    @property
+    def split(self) -> bool:
+        return self.option is not None and not self.option.dense
+
+    @property
+    def params(self) -> tuple[int, int]:
+        """Parameters before and after, bias included."""
+        if self.spec is None:
+            return (0, 0)
+        bias = self.spec.params - self.spec.weight_params
+        after = self.option.params if self.option is not None else self.spec.weight_params
+        return (self.spec.params, after + bias)
+
+    @property
+    def macs(self) -> tuple[int | None, int | None]:
+        """MACs before and after, None where unknown."""
+        if self.dense is None or self.option is None:
+            return (None, None)
+        return (self.dense.macs, self.option.macs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every convolution of a model; see `make_plan`.
+
+    `model_params` and `model_macs` count the whole model; `budget` and `seed` say how the plan came about.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    model_params: int
+    model_macs: int | None = None
+    budget: Budget | None = None
+    seed: int = 0
+
+    @property
+    def split(self) -> tuple[PlannedLayer, ...]:
+        """The layers that are split."""
+        return tuple(layer for layer in self.layers if layer.split)
+
+    def layer(self, name: str) -> PlannedLayer:
+        """Look a layer up; raises KeyError with the names there are."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no convolution {name!r} in the plan; it has {', '.join(each.name for each in self.layers)}")
+
+    def keep_dense(self, which: str | Callable[[PlannedLayer], bool]) -> Plan:
+        """The plan with some layers kept dense: by name or glob pattern, or by a predicate.
+
+        Raises:
+            ValueError: the pattern matches no split layer.
+        """
+        if callable(which):
+            chosen = {layer.name for layer in self.split if which(layer)}
+        else:
+            chosen = {layer.name for layer in self.split if fnmatch.fnmatchcase(layer.name, which)}
+            if not chosen:
+                raise ValueError(
+                    f"{which!r} matches no split layer; those are {', '.join(x.name for x in self.split)}"
+                )
+        layers = (
+            replace(layer, option=layer.dense, reason="kept dense as asked") if layer.name in chosen else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
+    def choose(self, name: str, form: str, *, rank: int | None = None, components: int | None = None) -> Plan:
+        """The plan with one layer split as said; `rank` and `components` as for `SeparableConv2d`.
+
+        The predicted error of that layer is then unknown, as it was not measured.
+        """
+        layer = self.layer(name)
+        if layer.spec is None or layer.dense is None:
+            raise ValueError(f"{name} cannot be split: {layer.reason}")
+        R, even = resolve_rank(form_named(form), layer.spec, rank, components)
+        option = Option(form, R, even, form_named(form).params(layer.spec, R), None, None)
+        layers = (replace(x, option=option, reason="") if x.name == name else x for x in self.layers)
+        return replace(self, layers=tuple(layers))
+
+    def totals(self) -> dict[str, int | float | None]:
+        """Parameters and MACs before and after, of the splittable convolutions and of the whole model."""
+        splittable = [layer for layer in self.layers if layer.dense is not None]
+        before, after = (sum(layer.params[side] for layer in splittable) for side in (0, 1))
+        macs: list[int | None] = [_sum(layer.macs[side] for layer in splittable) for side in (0, 1)]
+        errors = [layer.option.error for layer in self.split if layer.option is not None]
+        return {
+            "params_before": before,
+            "params_after": after,
+            "macs_before": macs[0],
+            "macs_after": macs[1],
+            "model_params_before": self.model_params,
+            "model_params_after": self.model_params - before + after,
+            "model_macs_before": self.model_macs,
+            "model_macs_after": _sum([self.model_macs, macs[1], None if macs[0] is None else -macs[0]]),
+            "largest_error": max((e for e in errors if e is not None), default=0.0),
+        }
+
+    def table(self) -> Table:
+        """One row per convolution."""
+        headings = ["layer", "kernel", "form", "R", "params", "->", "kept", "MACs", " ->", "error", "reason"]
+        return Table(
+            headings, [_row(layer) for layer in self.layers], frozenset({"layer", "kernel", "form", "reason"})
+        )
+
+    def summary(self) -> str:
+        """The totals in words."""
+        t = self.totals()
+        n_splittable = sum(layer.dense is not None for layer in self.layers)
+        lines = [
+            f"{len(self.split)} of {n_splittable} splittable convolutions are split"
+            + (f" ({self.budget!r})" if self.budget else ""),
+            f"parameters of the splittable convolutions {count(t['params_before'])} -> {count(t['params_after'])}"
+            f" ({ratio(t['params_after'], t['params_before'])}), of the model {count(t['model_params_before'])}"
+            f" -> {count(t['model_params_after'])} ({ratio(t['model_params_after'], t['model_params_before'])})",
+        ]
+        if t["macs_before"] is not None:
+            lines.append(
+                f"MACs of the splittable convolutions {count(t['macs_before'])} -> {count(t['macs_after'])}"
+                f" ({ratio(t['macs_after'], t['macs_before'])})"
+            )
+        lines.append(f"largest predicted relative weight error of a layer: {share(t['largest_error'])}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table().text()}\n\n{self.summary()}"
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` reads it back to an equal plan."""
+        data = {
+            "format": FORMAT,
+            "model_params": self.model_params,
+            "model_macs": self.model_macs,
+            "budget": asdict(self.budget) if self.budget else None,
+            "seed": self.seed,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "spec": layer.spec.to_json() if layer.spec else None,
+                    "dense": asdict(layer.dense) if layer.dense else None,
+                    "option": asdict(layer.option) if layer.option else None,
+                    "reason": layer.reason,
+                }
+                for layer in self.layers
+            ],
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not a plan, or was written by a newer version; says what is wrong.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise ValueError(f"it has format {data['format']}, this version reads {FORMAT}")
+            layers = tuple(_layer_from_json(layer) for layer in data["layers"])
+            budget = Budget(**data["budget"]) if data["budget"] else None
+            return cls(layers, int(data["model_params"]), data["model_macs"], budget, int(data["seed"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a plan of convsplit: {type(error).__name__}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a file that `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _row(layer: PlannedLayer) -> list[str]:
+    spec, option = layer.spec, layer.option
+    kernel = (
+        ""
+        if spec is None
+        else f"{spec.out_channels}x{spec.in_channels // spec.groups}x" + "x".join(map(str, spec.kernel_size))
+    )
+    if option is None or not layer.split or spec is None:
+        before = "" if spec is None else count(layer.params[0])
+        macs = "" if layer.dense is None else count(layer.macs[0])
+        return [layer.name, kernel, "dense", "", before, "", "", macs, "", "", layer.reason]
+    before_, after = layer.params
+    width = str(option.components) + ("" if option.even else " uneven")
+    return [
+        layer.name, kernel, option.form, width, count(before_), count(after), ratio(after, before_),
+        count(layer.macs[0]), count(layer.macs[1]), share(option.error), layer.reason,
+    ]  # fmt: skip
+
+
+def _sum(numbers: Any) -> int | None:
+    """The sum, or None where any number is unknown."""
+    values = list(numbers)
+    return None if not values or any(value is None for value in values) else sum(values)
+
+
+def _layer_from_json(data: dict[str, Any]) -> PlannedLayer:
+    return PlannedLayer(
+        name=str(data["name"]),
+        spec=ConvSpec.from_json(data["spec"]) if data["spec"] else None,
+        dense=Option(**data["dense"]) if data["dense"] else None,
+        option=Option(**data["option"]) if data["option"] else None,
+        reason=str(data["reason"]),
+    )

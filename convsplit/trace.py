@@ -1,0 +1,276 @@
+"""What a model does, found out without touching it: fx graphs of the parts that trace, shapes of every call.
+
+Two looks complete each other. `torch.fx` reads the code: which module feeds which, also functional convolutions.
+One forward pass with hooks sees the shapes, the order and the number of calls, in models that fx cannot trace too.
+Both work on a copy that shares parameters only, so that counters, caches and batch-norm statistics in the user's
+model stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils.flop_counter import FlopCounterMode
+
+from convsplit.layers import SeparableConv2d
+from convsplit.spec import Pair, pair
+
+Batch = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a tensor, a tuple (or list) of positional arguments or a dict of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in any nesting of tuples, lists, dicts and dataclasses (or other plain objects), in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name))
+
+
+def batches_in(inputs: Any) -> Iterable[Batch]:
+    """One example input (tensor, tuple, dict) as a single batch; any other iterable as the batches it yields."""
+    if isinstance(inputs, Tensor | tuple | Mapping):
+        return [inputs]
+    if isinstance(inputs, Iterable):
+        return inputs
+    raise TypeError(
+        f"inputs of type {type(inputs).__name__}: want a tensor, a tuple of positional arguments, a dict of "
+        "keyword arguments, or an iterable of those such as a DataLoader"
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a module: shapes of the tensor that went in and of the one that came out."""
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    @property
+    def images(self) -> int:
+        """N; an unbatched input counts as one image."""
+        return self.input_shape[0] if len(self.input_shape) == 4 else 1
+
+    @property
+    def input_hw(self) -> Pair:
+        return pair(self.input_shape[-2:])
+
+    @property
+    def output_hw(self) -> Pair:
+        return pair(self.output_shape[-2:])
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was found out about a model.
+
+    `graphs` maps the name of each traced part ("" is the whole model) to its fx graph, `untraced` the name of each
+    part that does not trace to the reason. `calls` maps module names to their uses in the order of first use, and
+    `macs` are those of the whole model; both are None where no example inputs were given. `norms` maps a
+    convolution to the batch norm that follows it.
+    """
+
+    graphs: dict[str, fx.Graph] = field(default_factory=dict)
+    untraced: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, tuple[Call, ...]] | None = None
+    macs: int | None = None
+    norms: dict[str, str] = field(default_factory=dict)
+
+
+def trace(model: nn.Module, example_inputs: Batch = None) -> Trace:
+    """Trace the largest parts of a model that fx can trace; with example inputs, also run it once for the shapes.
+
+    Raises:
+        ValueError: the model does not run on the example inputs; names the module that failed and what reached it.
+    """
+    copied = scratch_copy(model)
+    graphs: dict[str, fx.Graph] = {}
+    untraced: dict[str, str] = {}
+    _trace_parts(copied, "", graphs, untraced)
+    norms = _norms_by_order(copied)
+    for part, graph in graphs.items():
+        norms.update(_norms_in_graph(copied, part, graph))
+    # Tracing runs the model's own code on symbols, which may stay behind in attributes: run a second, clean copy.
+    calls, macs = (None, None) if example_inputs is None else observe_calls(scratch_copy(model), example_inputs)
+    return Trace(graphs, untraced, calls, macs, norms)
+
+
+def scratch_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode that shares the parameters: cheap, and free to be run and traced.
+
+    Raises:
+        TypeError: the model cannot be deep-copied, so it could not be converted either.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return deep_copy(model, shared).eval()
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy` with an error that says what a model must allow."""
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); convsplit never "
+            "changes the model it is given, so it needs a copy. Give it a model whose copy.deepcopy works"
+        ) from error
+
+
+def observe_calls(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Call, ...]], int]:
+    """Run a model once and note every call of a module that takes and returns one tensor; also the MACs of it all."""
+    calls: dict[str, list[Call]] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            use = Call(tuple(args[0].shape), tuple(output.shape))
+            calls.setdefault(names[id(module)], []).append(use)
+
+    with watch_modules(model, note), quiet_run(model), FlopCounterMode(display=False) as counter:
+        run_or_explain(model, batch)
+    return {name: tuple(uses) for name, uses in calls.items()}, counter.get_total_flops() // 2
+
+
+@contextmanager
+def watch_modules(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call `hook(module, args, output)` after every module's forward, while inside."""
+    handles = [
+        module.register_forward_hook(hook)
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def quiet_run(*models: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and random state and mode flags as before afterwards."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def run_or_explain(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
+    """Run the model; a failure is raised again with the module it happened in and the shapes that reached it."""
+    entered: list[tuple[str, nn.Module, Any]] = []
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entered.append((names[id(module)], module, args))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        while entered and entered.pop()[1] is not module:
+            pass
+
+    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [m.register_forward_pre_hook(enter) for m in plain]
+    handles += [m.register_forward_hook(leave) for m in plain]
+    try:
+        return (forward or call)(model, batch)
+    except Exception as error:
+        raise ValueError(_explain(error, model, batch, entered)) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _explain(error: Exception, model: nn.Module, batch: Batch, entered: list[tuple[str, nn.Module, Any]]) -> str:
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(batch)) or "no tensor"
+    text = f"{type(model).__name__} does not run on the given inputs (shapes {shapes})"
+    if entered and entered[-1][0]:
+        name, module, args = entered[-1]
+        got = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(args)) or "no tensor"
+        text += f": module {name!r} ({type(module).__name__}) got {got} and"
+    text += f" failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
+    if isinstance(error, TypeError) and isinstance(batch, tuple | list) and len(batch) > 1:
+        text += (
+            f". A batch of {len(batch)} items is passed as {len(batch)} positional arguments; where it holds images "
+            "and labels, say forward=lambda model, batch: model(batch[0])"
+        )
+    return text
+
+
+class _Tracer(fx.Tracer):
+    """Keeps every kind of convolution in one piece, also subclasses that live outside torch.nn."""
+
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        whole = (nn.Conv2d, SeparableConv2d, torch.jit.ScriptModule)
+        return isinstance(module, whole) or super().is_leaf_module(module, module_qualified_name)
+
+
+def _trace_parts(module: nn.Module, name: str, graphs: dict[str, fx.Graph], untraced: dict[str, str]) -> None:
+    """Trace this module, or else each of its children."""
+    if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin) or not any(True for _ in module.children()):
+        return
+    try:
+        graphs[name] = module.graph if isinstance(module, fx.GraphModule) else _Tracer().trace(module)
+    except Exception as error:  # whatever the user's forward does with symbols
+        untraced[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        for child_name, child in module.named_children():
+            _trace_parts(child, f"{name}.{child_name}" if name else child_name, graphs, untraced)
+
+
+def _norms_in_graph(model: nn.Module, part: str, graph: fx.Graph) -> dict[str, str]:
+    """Convolutions whose only use is a batch norm, which scales each of their output channels."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    prefix = f"{part}." if part else ""
+    norms: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or len(node.users) != 1:
+            continue
+        (user,) = node.users
+        name, following = f"{prefix}{node.target}", f"{prefix}{user.target}"
+        if user.op == "call_module" and isinstance(modules.get(following), _BatchNorm):
+            norms[name] = following
+    return norms
+
+
+def _norms_by_order(model: nn.Module) -> dict[str, str]:
+    """The same read off the order of registration, for parts that do not trace."""
+    norms: dict[str, str] = {}
+    for parent_name, parent in model.named_modules():
+        children = list(parent.named_children())
+        for (name, module), (next_name, following) in pairwise(children):
+            if (
+                isinstance(module, nn.Conv2d)
+                and isinstance(following, _BatchNorm)
+                and following.num_features == module.out_channels
+            ):
+                prefix = f"{parent_name}." if parent_name else ""
+                norms[f"{prefix}{name}"] = f"{prefix}{next_name}"
+    return norms
