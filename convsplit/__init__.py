@@ -7,6 +7,8 @@ from convsplit.layers import SeparableConv2d as SeparableConv2d
 from convsplit.plan import Budget as Budget
 from convsplit.plan import Plan as Plan
 from convsplit.plan import PlannedLayer as PlannedLayer
+from convsplit.report import Report as Report
+from convsplit.report import compare as compare
 from convsplit.rewrite import apply_plan as apply_plan
 from convsplit.rewrite import merge as merge
 

@@ -63,7 +63,7 @@ class Table:
         console = Console(file=io.StringIO(), width=width or 1000, color_system=None, legacy_windows=False)
         with console.capture() as capture:
             console.print(self.rich())
-        return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
 
     def markdown(self) -> str:
         """GitHub-flavoured Markdown."""

@@ -141,7 +141,9 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         ) from error
 
 
-def observe_calls(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Call, ...]], int]:
+def observe_calls(
+    model: nn.Module, batch: Batch, forward: Forward | None = None
+) -> tuple[dict[str, tuple[Call, ...]], int]:
     """Run a model once and note every call of a module that takes and returns one tensor; also the MACs of it all."""
     calls: dict[str, list[Call]] = {}
     names = {id(module): name for name, module in model.named_modules()}
@@ -152,7 +154,7 @@ def observe_calls(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Call,
             calls.setdefault(names[id(module)], []).append(use)
 
     with watch_modules(model, note), quiet_run(model), FlopCounterMode(display=False) as counter:
-        run_or_explain(model, batch)
+        run_or_explain(model, batch, forward)
     return {name: tuple(uses) for name, uses in calls.items()}, counter.get_total_flops() // 2
 
 
@@ -219,8 +221,9 @@ def _explain(error: Exception, model: nn.Module, batch: Batch, entered: list[tup
     text += f" failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
     if isinstance(error, TypeError) and isinstance(batch, tuple | list) and len(batch) > 1:
         text += (
-            f". A batch of {len(batch)} items is passed as {len(batch)} positional arguments; where it holds images "
-            "and labels, say forward=lambda model, batch: model(batch[0])"
+            f". A tuple of {len(batch)} items is one input of {len(batch)} positional arguments. Where it holds "
+            "several batches, make it a list; where it holds images and labels, say "
+            "forward=lambda model, batch: model(batch[0])"
         )
     return text
 
