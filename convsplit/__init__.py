@@ -11,5 +11,8 @@ from convsplit.report import Report as Report
 from convsplit.report import compare as compare
 from convsplit.rewrite import apply_plan as apply_plan
 from convsplit.rewrite import merge as merge
+from convsplit.storage import load as load
+from convsplit.storage import save as save
+from convsplit.storage import save_folder as save_folder
 
 __version__ = "0.1.0"
