@@ -12,15 +12,13 @@ from convsplit.allocate import allocate
 from convsplit.forms import FORMS
 from convsplit.options import Menu, Option, find_options
 from convsplit.plan import Budget, Plan, PlannedLayer
+from convsplit.progress import ConversionWarning
 from convsplit.rewrite import apply_plan
 from convsplit.sites import Site, Skip, find_sites
+from convsplit.spec import parameter_count
 from convsplit.trace import Batch, trace
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class ConversionWarning(UserWarning):
-    """The conversion did less than was probably meant."""
 
 
 def convert(
@@ -31,6 +29,7 @@ def convert(
     rank: int | str | None = None,
     forms: str | Sequence[str] = tuple(FORMS),
     skip: Skip = (),
+    bake: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> M:
@@ -45,6 +44,8 @@ def convert(
             of pw-dw-pw, or "full" for an exact rewriting (whatever it costs).
         forms: which of "dw-pw", "pw-dw" and "pw-dw-pw" to choose from, layer by layer.
         skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
+        bake: also split layers whose weight is computed at every call (parametrizations, weight_norm, spectral_norm,
+            pruning masks, timm's StdConv2d), by splitting the weight that runs in eval mode for good.
         seed: fixes the start of CP; the same seed gives the same result.
         progress: show a progress bar; by default only on a terminal.
 
@@ -63,7 +64,15 @@ def convert(
     True
     """
     plan = make_plan(
-        model, example_inputs, budget=budget, rank=rank, forms=forms, skip=skip, seed=seed, progress=progress
+        model,
+        example_inputs,
+        budget=budget,
+        rank=rank,
+        forms=forms,
+        skip=skip,
+        bake=bake,
+        seed=seed,
+        progress=progress,
     )
     return apply_plan(model, plan, progress=progress)
 
@@ -76,6 +85,7 @@ def make_plan(
     rank: int | str | None = None,
     forms: str | Sequence[str] = tuple(FORMS),
     skip: Skip = (),
+    bake: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Plan:
@@ -94,11 +104,11 @@ def make_plan(
         budget = Budget(params=0.5)
     forms = [forms] if isinstance(forms, str) else list(forms)
     traced = trace(model, example_inputs)
-    sites = find_sites(model, traced, skip=skip)
+    sites = find_sites(model, traced, skip=skip, bake=bake)
     if not sites:
         warnings.warn(_nothing_found(model), ConversionWarning, stacklevel=2)
     menus = find_options(model, sites, forms=forms, rank=rank, seed=seed, progress=progress)
-    params = sum(parameter.numel() for parameter in model.parameters())
+    params = parameter_count(model)
     if budget is None:
         chosen = [_closest_split(menu) for menu in menus]
     else:

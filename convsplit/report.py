@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from convsplit.forms import form_named
 from convsplit.layers import SeparableConv2d
 from convsplit.progress import track
-from convsplit.spec import ConvSpec
+from convsplit.spec import ConvSpec, parameter_count
 from convsplit.tables import Table, count, ratio, share
 from convsplit.trace import (
     Call,
@@ -238,7 +238,7 @@ def compare(
     return Report(
         model=type(model).__name__,
         layers=layers,
-        params=(_params(model), _params(converted)),
+        params=(parameter_count(model), parameter_count(converted)),
         macs=(calls[1], calls[2]),
         drift=whole.drift(),
         agreement=agreed / classified if classified else None,
@@ -361,7 +361,7 @@ def _layer_report(
         after = sum(c.images * form.macs(spec, layer.components, c.input_hw, c.output_hw) for c in calls)
         macs = (before, after)
     return LayerReport(
-        name, layer.form, layer.components, (dense.params, _params(layer)), macs,
+        name, layer.form, layer.components, (dense.params, parameter_count(layer)), macs,
         _weight_error(original, layer), local.drift(), accumulated.drift(),
     )  # fmt: skip
 
@@ -390,10 +390,6 @@ def _notes(layers: tuple[LayerReport, ...], whole: _Meter) -> Iterator[str]:
         yield f"not reached by these inputs: {', '.join(missed)}"
     if whole.mismatched:
         yield f"outputs that could not be compared, their shapes differ: {'; '.join(whole.mismatched[:3])}"
-
-
-def _params(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _row(layer: LayerReport) -> list[str]:

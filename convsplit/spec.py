@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -31,6 +32,11 @@ def pair(value: int | tuple[int, ...]) -> Pair:
         return (value, value)
     first, second = value
     return (int(first), int(second))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters of a module, shared ones counted once; lazy ones without a shape count nothing."""
+    return sum(p.numel() for p in module.parameters() if not isinstance(p, UninitializedParameter))
 
 
 @dataclass(frozen=True)
