@@ -1,12 +1,14 @@
 """convsplit: the convolutions of a trained model, split into depthwise and pointwise ones."""
 
-from convsplit.api import ConversionWarning as ConversionWarning
 from convsplit.api import convert as convert
 from convsplit.api import make_plan as make_plan
+from convsplit.kinds import Equivalent as Equivalent
+from convsplit.kinds import register as register
 from convsplit.layers import SeparableConv2d as SeparableConv2d
 from convsplit.plan import Budget as Budget
 from convsplit.plan import Plan as Plan
 from convsplit.plan import PlannedLayer as PlannedLayer
+from convsplit.progress import ConversionWarning as ConversionWarning
 from convsplit.report import Report as Report
 from convsplit.report import compare as compare
 from convsplit.rewrite import apply_plan as apply_plan

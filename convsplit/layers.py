@@ -6,22 +6,65 @@
 
 Every stage is a plain `nn.Conv2d` (so that quantisers, counters and fusers know what to do) that can be looked up
 by name: `pointwise_in`, `depthwise`, `pointwise_out`. Stride, padding, dilation and padding mode belong to the
-depthwise stage alone. The bias belongs to the last stage: a bias before the depthwise stage would meet its zero
-padding and be wrong along the borders.
+depthwise stage alone, and so does padding that depends on the input's size, which is a stage `pad` of its own. The
+bias belongs to the last stage: a bias before the depthwise stage would meet its zero padding and be wrong along the
+borders.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
 from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
 
-_STAGES = ("gather", "pointwise_in", "depthwise", "pointwise_out", "sum")
+_STAGES = ("gather", "pointwise_in", "pad", "depthwise", "pointwise_out", "sum")
+
+
+@fx.wrap
+def pad_same(x: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    """Zeros around [..., H, W] so that a convolution's output is H / stride by W / stride, rounded up.
+
+    An odd number of rows or columns puts the extra one at the end, as TensorFlow does.
+    """
+    height, width = (
+        max(0, (-(size // -s) - 1) * s + (k - 1) * d + 1 - size)
+        for size, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation, strict=True)
+    )
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+class SamePad2d(nn.Module):
+    """Zero padding by amounts that depend on the input's size: TensorFlow's "SAME" for strides above 1.
+
+    >>> SamePad2d((3, 3), (2, 2))(torch.zeros(1, 1, 8, 9)).shape
+    torch.Size([1, 1, 9, 11])
+    """
+
+    def __init__(self, kernel_size: int | Pair, stride: int | Pair = 1, dilation: int | Pair = 1) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A `Conv2d` whose input passes through a module `pad` first: what a split layer with that stage merges to."""
+
+    pad: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.pad(x))
 
 
 class ChannelGather(nn.Module):
@@ -34,7 +77,7 @@ class ChannelGather(nn.Module):
         self.register_buffer("channels", channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.index_select(x, 1, self.channels)
+        return torch.index_select(x, -3, self.channels)
 
 
 class ChannelSum(nn.Module):
@@ -51,8 +94,9 @@ class ChannelSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = cast("Tensor | None", self.bias)
         start = x.new_zeros(self.out_channels) if bias is None else bias.to(x.dtype)
-        shape = (x.shape[0], self.out_channels, x.shape[2], x.shape[3])
-        return start.view(1, -1, 1, 1).expand(shape).index_add(1, self.channels, x)
+        # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it.
+        start = start.view(-1, 1, 1) + torch.zeros_like(x.narrow(-3, 0, 1))
+        return start.index_add(-3, self.channels, x)
 
 
 class SeparableConv2d(nn.Module):
@@ -142,12 +186,9 @@ class SeparableConv2d(nn.Module):
         return stages
 
     def forward(self, x: Tensor) -> Tensor:
-        unbatched = x.dim() == 3
-        if unbatched:
-            x = x.unsqueeze(0)
         for stage in self.stages.values():
             x = stage(x)
-        return x.squeeze(0) if unbatched else x
+        return x
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -181,11 +222,19 @@ class SeparableConv2d(nn.Module):
 
     @classmethod
     def empty_like(
-        cls, conv: nn.Conv2d, *, form: str, components: int, even: bool = False, bias: bool | None = None
+        cls,
+        conv: nn.Conv2d,
+        *,
+        form: str,
+        components: int,
+        even: bool = False,
+        bias: bool | None = None,
+        pad: nn.Module | None = None,
     ) -> SeparableConv2d:
         """An untrained layer of the shape of `conv`, zeros inside: to be filled from a checkpoint or from factors.
 
         Keeps what the module carries besides numbers: device, dtype, memory format, `requires_grad`, train or eval.
+        `pad`: a module that pads the input further, by amounts known only when it runs, such as `SamePad2d`.
         """
         spec = ConvSpec.of(conv)
         layer = cls(
@@ -209,6 +258,8 @@ class SeparableConv2d(nn.Module):
             layer.bias.requires_grad_(conv.bias.requires_grad)
         if _is_channels_last(conv.weight):
             layer.to(memory_format=torch.channels_last)
+        if pad is not None:  # it treats all channels alike, so it may follow a pointwise stage, which has no bias
+            layer.add_module("pad", pad)
         return layer.train(conv.training)
 
     @torch.no_grad()
@@ -278,8 +329,9 @@ class SeparableConv2d(nn.Module):
 
     def merged(self) -> nn.Conv2d:
         """The one `Conv2d` this layer equals, on the same device, in the same dtype, memory format and mode."""
-        spec, first = self.spec, next(self.parameters())
-        conv = nn.Conv2d(
+        spec, first, pad = self.spec, self.depthwise.weight, self.stages.get("pad")
+        kind = nn.Conv2d if pad is None else PaddedConv2d
+        conv = kind(
             spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
             spec.groups, spec.bias, spec.padding_mode, device="meta", dtype=first.dtype,
         )  # fmt: skip
@@ -297,6 +349,8 @@ class SeparableConv2d(nn.Module):
             conv.bias.requires_grad_(cast(Tensor, self.bias).requires_grad)
         if any(_is_channels_last(p) for p in self.parameters()):
             conv.to(memory_format=torch.channels_last)
+        if pad is not None:
+            conv.pad = copy.deepcopy(pad)
         return conv.train(self.training)
 
     @property
@@ -379,7 +433,7 @@ def _rank_arguments(form: Form, spec: ConvSpec, components: int, even: bool) -> 
 
 def _spread(components: int, channels: int, groups: int, device: torch.device | str | None) -> Tensor:
     """Channels [R] of components given out as evenly as they go, the same number in every group."""
-    per_group = torch.arange(components // groups) * (channels // groups) // (components // groups)
+    per_group = torch.arange(components // groups, device="cpu") * (channels // groups) // (components // groups)
     return _offset(per_group.expand(groups, -1), channels).to(device)
 
 

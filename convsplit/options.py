@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.forms import FORMS, Form, form_named, grouped
+from convsplit.kinds import Equivalent, equivalent
 from convsplit.progress import track
 from convsplit.sites import Site
 from convsplit.spec import ConvSpec
@@ -120,10 +121,10 @@ def channel_gain(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
 def _options(
     modules: dict[str, nn.Module], site: Site, forms: Sequence[Form], rank: int | str | None, seed: int
 ) -> list[Option]:
-    spec, conv = site.spec, modules[site.name]
+    spec, original = site.spec, equivalent(modules[site.name])
     assert spec is not None
-    assert isinstance(conv, nn.Conv2d)
-    kernel = scaled_kernel(conv, modules.get(site.norm))
+    assert isinstance(original, Equivalent)
+    kernel = scaled_kernel(original.conv, modules.get(site.norm))
     if rank == "full":
         return [min((_full(site, form) for form in forms), key=lambda option: option.params)]
     options: list[Option] = []

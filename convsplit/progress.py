@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long: quiet by default where nobody looks at a terminal."""
+"""What the library says while it works: a warning, and a progress bar that is quiet where nobody looks at it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from rich.console import Console
 from rich.progress import track as rich_track
 
 T = TypeVar("T")
+
+
+class ConversionWarning(UserWarning):
+    """The conversion did less than was probably meant."""
 
 
 def track(items: Iterable[T], description: str, *, progress: bool | None = None) -> Iterator[T]:

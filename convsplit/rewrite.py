@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import copy
+import warnings
+from collections import OrderedDict
+from typing import Any, TypeVar
 
 from torch import nn
 
+from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
 from convsplit.layers import SeparableConv2d
 from convsplit.plan import Plan, PlannedLayer
-from convsplit.progress import track
+from convsplit.progress import ConversionWarning, track
 from convsplit.spec import ConvSpec
-from convsplit.trace import deep_copy
+from convsplit.trace import deep_copy, same_globals
 
 M = TypeVar("M", bound=nn.Module)
+
+# What convolutions and split layers keep in their __dict__ themselves; anything else there is the user's.
+_OWN = {"weight", "bias", *vars(nn.Conv2d(1, 1, 1, device="meta")), *vars(SeparableConv2d(1, 1, 1, device="meta"))}
+
+_CARRIED = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+_LEFT_BEHIND = {
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_state_dict_pre_hooks": "state_dict pre-hook",
+    "_state_dict_hooks": "state_dict hook",
+    "_load_state_dict_pre_hooks": "load_state_dict pre-hook",
+    "_load_state_dict_post_hooks": "load_state_dict hook",
+}
 
 
 def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool | None = None) -> M:
@@ -20,16 +43,22 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
 
     Args:
         model: the model the plan was made for, or another instance of the same architecture.
-        plan: from `make_plan`, perhaps edited, or read from JSON.
+        plan: from `make_plan`, perhaps edited, or read from JSON. Where it splits a layer whose weight is computed at
+            every call, the weight that runs in eval mode is split for good.
         initialise: False leaves zeros in the split layers, to be filled with `load_state_dict`; nothing is
             factorised and the model may be on the meta device.
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
-        a module of the model's own class, with `SeparableConv2d` under the names of the layers they replace.
+        a module of the model's own class, with `SeparableConv2d` under the names of the layers they replace. Forward
+        hooks and attributes of those layers go along.
+
+    Warns:
+        ConversionWarning: a replaced layer has hooks that cannot be carried over (backward and state_dict hooks).
 
     Raises:
-        ValueError: a layer of the plan is missing in the model, or has other numbers there.
+        ValueError: a layer of the plan is missing in the model, has other numbers there, or cannot be split.
+        TypeError: the model cannot be deep-copied.
 
     >>> import convsplit, torch
     >>> model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
@@ -37,12 +66,12 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
     >>> type(apply_plan(model, plan)[0]).__name__
     'SeparableConv2d'
     """
-    _check_fits(model, plan)
+    originals = _originals(model, plan)
     replacements: dict[str, nn.Module] = {}
-    modules = dict(model.named_modules())
-    for layer in track(plan.split, "Factorising", progress=progress):
-        replacements[layer.name] = _split(modules[layer.name], layer, initialise, plan.seed)
-    return _copy_with(model, replacements)
+    with same_globals():
+        for layer in track(plan.split, "Factorising", progress=progress):
+            replacements[layer.name] = _split(originals[layer.name], layer, initialise, plan.seed)
+        return _copy_with(model, replacements)
 
 
 def merge(model: M) -> M:
@@ -56,32 +85,65 @@ def merge(model: M) -> M:
     return _copy_with(model, {name: layer.merged() for name, layer in split.items()})
 
 
-def _check_fits(model: nn.Module, plan: Plan) -> None:
+def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
+    """The plain convolutions that the layers to split equal, if they are those the plan was made for."""
     modules = dict(model.named_modules())
+    originals: dict[str, Equivalent] = {}
     for layer in plan.split:
         module = modules.get(layer.name)
-        if not isinstance(module, nn.Conv2d):
+        if module is None or not is_convolution(module):
             found = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(f"the plan splits {layer.name!r}, a Conv2d; the model has {found} there")
-        if ConvSpec.of(module) != layer.spec:
-            raise ValueError(
-                f"the plan was made for another {layer.name!r}: it has {layer.spec}, the model {ConvSpec.of(module)}"
-            )
+        original = equivalent(module)
+        if isinstance(original, str):
+            raise ValueError(f"the plan splits {layer.name!r}, but in this model: {original}")
+        spec = ConvSpec.of(original.conv)
+        if spec != layer.spec:
+            raise ValueError(f"the plan was made for another {layer.name!r}: it has {layer.spec}, the model {spec}")
+        originals[layer.name] = original
+    return originals
 
 
-def _split(conv: nn.Module, layer: PlannedLayer, initialise: bool, seed: int) -> SeparableConv2d:
-    option = layer.option
+def _split(original: Equivalent, layer: PlannedLayer, initialise: bool, seed: int) -> SeparableConv2d:
+    option, conv = layer.option, original.conv
     assert option is not None
-    assert isinstance(conv, nn.Conv2d)
-    empty = SeparableConv2d.empty_like(conv, form=option.form, components=option.components, even=option.even)
+    pad = copy.deepcopy(original.pad)
+    empty = SeparableConv2d.empty_like(
+        conv, form=option.form, components=option.components, even=option.even, pad=pad
+    )
     return empty.initialise_from(conv, seed=seed) if initialise else empty
 
 
 def _copy_with(model: M, replacements: dict[str, nn.Module]) -> M:
     """A deep copy with some modules replaced, under every name they have."""
     modules = dict(model.named_modules())
-    if "" in replacements:  # the model is itself one of the layers
-        return replacements[""]  # type: ignore[return-value]
     # deepcopy looks a module's replacement up where it would have copied it: every alias, attribute and list that
     # held the old module holds the new one in the copy.
-    return deep_copy(model, {id(modules[name]): new for name, new in replacements.items()})  # type: ignore[return-value]
+    memo: dict[int, Any] = {id(modules[name]): new for name, new in replacements.items()}
+    copied = deep_copy(model, memo)
+    for name, new in replacements.items():
+        _hand_over(name, modules[name], new, memo)
+    return copied  # type: ignore[return-value]
+
+
+def _hand_over(name: str, old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:
+    """Give the new module what users attached to the old one: attributes and forward hooks, as deepcopy does."""
+    for key, value in vars(old).items():
+        if key not in _OWN:
+            new.__dict__.setdefault(key, copy.deepcopy(value, memo))
+    for key in _CARRIED:
+        hooks = OrderedDict((i, hook) for i, hook in vars(old)[key].items() if not is_weight_hook(hook))
+        new.__dict__[key] = copy.deepcopy(hooks, memo)
+    lost = [
+        f"{getattr(hook, '__qualname__', type(hook).__qualname__)} ({kind})"
+        for key, kind in _LEFT_BEHIND.items()
+        for hook in map(_unwrapped, vars(old)[key].values())
+        if not is_weight_hook(hook)
+    ]
+    if lost:
+        text = f"hooks on {name!r} that the layer which replaces it does not have: {', '.join(lost)}"
+        warnings.warn(text, ConversionWarning, stacklevel=4)
+
+
+def _unwrapped(hook: Any) -> Any:
+    return getattr(hook, "hook", hook)  # torch wraps the pre-hooks of load_state_dict

@@ -9,22 +9,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
+from convsplit.kinds import equivalent, is_convolution
 from convsplit.layers import SeparableConv2d
 from convsplit.spec import ConvSpec
 from convsplit.trace import Call, Trace
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One convolution module of a model.
+    """One convolution of a model: a module, or an `F.conv2d` in its code.
 
-    `name` is its first name and `aliases` are the others. `reason` says why it is left alone; it is empty where
-    the convolution can be split. `calls` are its uses (empty where no example inputs were given), `norm` is the
-    name of the batch norm that scales its output.
+    `name` is its first name (of an `F.conv2d`, that of its node in the graph) and `aliases` are the others. `reason`
+    says why it is left alone; it is empty where the convolution can be split. `calls` are its uses (empty where no
+    example inputs were given), `norm` is the name of the batch norm that scales its output.
     """
 
     name: str
@@ -39,10 +41,11 @@ class Site:
         return not self.reason
 
 
-def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = ()) -> list[Site]:
-    """List every 2-d convolution of a model, in the order of `named_modules`.
+def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = False) -> list[Site]:
+    """List every 2-d convolution of a model, in the order of `named_modules`, functional ones (`F.conv2d`) last.
 
-    `skip` leaves out layers by name, by glob pattern, or by a predicate `(name, module) -> bool`.
+    `skip` leaves out layers by name, by glob pattern, or by a predicate `(name, module) -> bool`. `bake` lets layers
+    be split whose weight is computed at every call: the weight that runs in eval mode is then split for good.
 
     Raises:
         ValueError: a name or pattern in `skip` matches no convolution.
@@ -53,17 +56,17 @@ def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = ()) -> list[Site]
     [('0', ''), ('1', '1x1 kernel: already pointwise')]
     """
     names = _names(model)
-    inside_split = {id(m) for layer in model.modules() if isinstance(layer, SeparableConv2d) for m in layer.modules()}
+    inside = _inside_convolutions(model)
     shared = _shared_parameters(model)
     found: list[Site] = []
     for module in model.modules():
-        if id(module) in inside_split or not _is_convolution(module):
+        if id(module) in inside or not is_convolution(module):
             continue
         name, *aliases = names[id(module)]
-        spec, reason = _examine(module, shared)
+        spec, reason = _examine(module, shared, bake)
         calls = (trace.calls or {}).get(name, ())
         found.append(Site(name, spec, tuple(aliases), calls, trace.norms.get(name, ""), reason))
-    return _skipped(found, skip, dict(model.named_modules()))
+    return _skipped(_with_functional(model, found, trace), skip, dict(model.named_modules()))
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -72,6 +75,17 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     return names
+
+
+def _inside_convolutions(model: nn.Module) -> set[int]:
+    """Modules that are part of a layer split before, or of another convolution (a parametrization may hold one)."""
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, SeparableConv2d):
+            inside.update(map(id, module.modules()))
+        elif is_convolution(module):
+            inside.update(id(part) for part in module.modules() if part is not module)
+    return inside
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -84,48 +98,20 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in holders.items() if count > 1}
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        return bool(getattr(module, "original_name", "") == "Conv2d")
-    quantised = type(module).__module__.startswith("torch.ao.nn") and type(module).__name__.endswith("Conv2d")
-    return isinstance(module, nn.Conv2d) or quantised
-
-
-def _examine(module: nn.Module, shared: set[int]) -> tuple[ConvSpec | None, str]:
+def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[ConvSpec | None, str]:
     """The numbers of a convolution where they are known, and why it cannot be split, or an empty reason."""
-    kind = type(module)
-    if isinstance(module, torch.jit.ScriptModule):
-        return None, "ScriptModule: its code is compiled; convert before scripting"
-    if isinstance(module, LazyModuleMixin):
-        return None, f"{kind.__name__} has no weight yet: run the model once first"
-    if not isinstance(module, nn.Conv2d):
-        return None, f"{kind.__name__} is quantised: convert before quantising"
-    spec = ConvSpec.of(module)
-    if parametrize.is_parametrized(module):
-        return spec, f"parametrized {', '.join(module.parametrizations)}: computed anew at every call"  # type: ignore[arg-type]
-    if kind is not nn.Conv2d:
-        return spec, f"{kind.__module__}.{kind.__qualname__} may compute more than Conv2d does"
-    if "forward" in vars(module):
-        return spec, "its forward was replaced on the instance"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return (
-            spec,
-            "its weight is computed from other parameters (weight_norm, spectral_norm or a pruning mask)",
-        )
-    return spec, _weight_reason(weight, id(weight) in shared) or _shape_reason(spec)
-
-
-def _weight_reason(weight: Tensor, tied: bool) -> str:
-    if weight.is_meta:
-        return "on the meta device: there are no values to factorise"
-    if weight.is_complex() or not weight.is_floating_point():
-        return f"weight of type {weight.dtype}"
-    if tied:
-        return "shares its weight with another module"
-    if not bool(weight.isfinite().all()):
-        return "NaN or infinite values in its weight"
-    return ""
+    found = equivalent(module)
+    if isinstance(found, str):
+        if not isinstance(module, nn.Conv2d) or isinstance(module, LazyModuleMixin):
+            return None, found
+        return ConvSpec.of(module), _shape_reason(ConvSpec.of(module)) or found
+    spec, weight = ConvSpec.of(found.conv), found.conv.weight
+    reason = _shape_reason(spec)
+    if not reason and found.computed and not bake:
+        reason = f"{found.computed}; bake=True splits the weight that runs"
+    if not reason and any(id(parameter) in shared for parameter in module.parameters()):
+        reason = "shares a parameter with another module"
+    return spec, reason or _weight_reason(weight)
 
 
 def _shape_reason(spec: ConvSpec) -> str:
@@ -136,9 +122,47 @@ def _shape_reason(spec: ConvSpec) -> str:
     return ""
 
 
+def _weight_reason(weight: Tensor) -> str:
+    if weight.is_meta:
+        return "on the meta device: there are no values to factorise"
+    if type(weight.data) is not Tensor or weight.layout is not torch.strided:
+        return f"weight stored as {type(weight.data).__name__} with layout {weight.layout}"
+    if weight.dtype not in DTYPES:
+        return f"weight of type {weight.dtype}"
+    if not bool(weight.isfinite().all()):
+        return "NaN or infinite values in its weight"
+    return ""
+
+
+def _with_functional(model: nn.Module, sites: list[Site], trace: Trace) -> list[Site]:
+    """Mark the modules whose weight an `F.conv2d` uses, and append the `F.conv2d`s that use no module's weight."""
+    by_weight = {
+        f"{name}.weight" if name else "weight": site for site in sites for name in (site.name, *site.aliases)
+    }
+    reasons: dict[str, str] = {}
+    appended: list[Site] = []
+    for conv in trace.functional:
+        owner = by_weight.get(conv.weight)
+        if owner is not None:
+            reasons[owner.name] = f"F.conv2d uses its weight ({conv.name}): the dense kernel is what runs"
+        elif conv.weight:
+            reason = f"F.conv2d with the parameter {conv.weight}: passes.SplitConv2d splits those of a GraphModule"
+            appended.append(Site(conv.name, conv.spec, reason=reason))
+        else:
+            appended.append(Site(conv.name, conv.spec, reason="F.conv2d with a weight computed in forward"))
+    for name in trace.graph_weights:
+        if name in by_weight:
+            reasons.setdefault(by_weight[name].name, "the graph of a GraphModule reads its weight as a parameter")
+    marked = [
+        replace(site, reason=reasons[site.name]) if site.splittable and site.name in reasons else site
+        for site in sites
+    ]
+    return marked + appended
+
+
 def _skipped(sites: list[Site], skip: Skip, modules: dict[str, nn.Module]) -> list[Site]:
     if callable(skip):
-        chosen = {site.name for site in sites if skip(site.name, modules[site.name])}
+        chosen = {site.name for site in sites if site.splittable and skip(site.name, modules[site.name])}
     else:
         chosen = set()
         for pattern in [skip] if isinstance(skip, str) else skip:

@@ -9,20 +9,26 @@ model stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from convsplit.kinds import is_convolution
 from convsplit.layers import SeparableConv2d
-from convsplit.spec import Pair, pair
+from convsplit.spec import ConvSpec, Pair, pair
 
 Batch = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments
 Forward = Callable[[nn.Module, Any], Any]
@@ -86,13 +92,23 @@ class Call:
 
 
 @dataclass(frozen=True)
+class FunctionalConv:
+    """An `F.conv2d` in the code. `weight` names the parameter it uses, and is empty where the weight is computed."""
+
+    name: str
+    weight: str
+    spec: ConvSpec | None
+
+
+@dataclass(frozen=True)
 class Trace:
     """What was found out about a model.
 
     `graphs` maps the name of each traced part ("" is the whole model) to its fx graph, `untraced` the name of each
     part that does not trace to the reason. `calls` maps module names to their uses in the order of first use, and
     `macs` are those of the whole model; both are None where no example inputs were given. `norms` maps a
-    convolution to the batch norm that follows it.
+    convolution to the batch norm that follows it. `functional` lists the `F.conv2d` of the graphs, `graph_weights`
+    the parameters that graphs of GraphModules read.
     """
 
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
@@ -100,6 +116,8 @@ class Trace:
     calls: dict[str, tuple[Call, ...]] | None = None
     macs: int | None = None
     norms: dict[str, str] = field(default_factory=dict)
+    functional: tuple[FunctionalConv, ...] = ()
+    graph_weights: frozenset[str] = frozenset()
 
 
 def trace(model: nn.Module, example_inputs: Batch = None) -> Trace:
@@ -108,16 +126,38 @@ def trace(model: nn.Module, example_inputs: Batch = None) -> Trace:
     Raises:
         ValueError: the model does not run on the example inputs; names the module that failed and what reached it.
     """
-    copied = scratch_copy(model)
-    graphs: dict[str, fx.Graph] = {}
-    untraced: dict[str, str] = {}
-    _trace_parts(copied, "", graphs, untraced)
-    norms = _norms_by_order(copied)
-    for part, graph in graphs.items():
-        norms.update(_norms_in_graph(copied, part, graph))
-    # Tracing runs the model's own code on symbols, which may stay behind in attributes: run a second, clean copy.
-    calls, macs = (None, None) if example_inputs is None else observe_calls(scratch_copy(model), example_inputs)
-    return Trace(graphs, untraced, calls, macs, norms)
+    with same_globals():
+        copied = scratch_copy(model)
+        graphs: dict[str, fx.Graph] = {}
+        untraced: dict[str, str] = {}
+        _trace_parts(copied, "", graphs, untraced)
+        norms = _norms_by_order(copied)
+        for part, graph in graphs.items():
+            norms.update(_norms_in_graph(copied, part, graph))
+        functional = tuple(conv for part, graph in graphs.items() for conv in _functional_convs(copied, part, graph))
+        weights = frozenset(_weights_of_graph_modules(copied))
+        # Tracing runs the model's own code on symbols, which may stay behind in attributes: run a second, clean copy.
+        calls, macs = (None, None) if example_inputs is None else observe_calls(scratch_copy(model), example_inputs)
+    return Trace(graphs, untraced, calls, macs, norms, functional, weights)
+
+
+@contextmanager
+def same_globals() -> Iterator[None]:
+    """Random states, default dtype, gradient mode and number of threads are afterwards what they were before."""
+    python, numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    # Asking for the state of a device would start CUDA where nobody uses it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def scratch_copy(model: nn.Module) -> nn.Module:
@@ -131,7 +171,16 @@ def scratch_copy(model: nn.Module) -> nn.Module:
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy` with an error that says what a model must allow."""
+    """`copy.deepcopy` with an error that says what a model must allow.
+
+    Tensors that modules keep as plain attributes and that hang on to a graph, which deepcopy refuses (weight_norm
+    leaves such a `weight` behind), are detached in the copy.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -180,7 +229,7 @@ def quiet_run(*models: nn.Module) -> Iterator[None]:
     try:
         for model in models:
             model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), same_globals():
             yield
     finally:
         for module, training in flags:
@@ -232,8 +281,8 @@ class _Tracer(fx.Tracer):
     """Keeps every kind of convolution in one piece, also subclasses that live outside torch.nn."""
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        whole = (nn.Conv2d, SeparableConv2d, torch.jit.ScriptModule)
-        return isinstance(module, whole) or super().is_leaf_module(module, module_qualified_name)
+        whole = isinstance(module, SeparableConv2d | torch.jit.ScriptModule) or is_convolution(module)
+        return whole or super().is_leaf_module(module, module_qualified_name)
 
 
 def _trace_parts(module: nn.Module, name: str, graphs: dict[str, fx.Graph], untraced: dict[str, str]) -> None:
@@ -246,6 +295,60 @@ def _trace_parts(module: nn.Module, name: str, graphs: dict[str, fx.Graph], untr
         untraced[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         for child_name, child in module.named_children():
             _trace_parts(child, f"{name}.{child_name}" if name else child_name, graphs, untraced)
+
+
+def conv2d_arguments(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of an `F.conv2d` by name, defaults filled in; None for any other node."""
+    if node.op != "call_function" or node.target not in (F.conv2d, torch.ops.aten.conv2d.default):
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def functional_spec(arguments: dict[str, Any], weight: Tensor) -> ConvSpec | None:
+    """The numbers of an `F.conv2d` with this weight; None where some are computed in the graph."""
+    stride, padding, dilation, groups = (arguments[key] for key in ("stride", "padding", "dilation", "groups"))
+    numbers = tree_leaves((stride, padding, dilation, groups))
+    if weight.dim() != 4 or any(isinstance(number, fx.Node) for number in numbers):
+        return None
+    O, I, kh, kw = weight.shape
+    return ConvSpec(
+        I * groups, O, (kh, kw), _both_axes(stride), padding if isinstance(padding, str) else _both_axes(padding),
+        _both_axes(dilation), groups, bias=arguments["bias"] is not None,
+    )  # fmt: skip
+
+
+def _both_axes(value: int | Sequence[int]) -> Pair:
+    """A number for both axes may also come as a sequence of one."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return pair(values * 2 if len(values) == 1 else values)
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """What a `get_attr` node refers to."""
+    return functools.reduce(getattr, target.split("."), module)
+
+
+def _functional_convs(model: nn.Module, part: str, graph: fx.Graph) -> Iterator[FunctionalConv]:
+    prefix = f"{part}." if part else ""
+    for node in graph.nodes:
+        arguments = conv2d_arguments(node)
+        if arguments is None:
+            continue
+        source, weight, spec = arguments["weight"], "", None
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            weight = f"{prefix}{source.target}"
+            spec = functional_spec(arguments, attribute(model, weight))
+        yield FunctionalConv(f"{prefix}{node.name}", weight, spec)
+
+
+def _weights_of_graph_modules(model: nn.Module) -> Iterator[str]:
+    """Tensors that GraphModules read: their copies want parameters or buffers there, not properties."""
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="get_attr"):
+                yield f"{name}.{node.target}" if name else str(node.target)
 
 
 def _norms_in_graph(model: nn.Module, part: str, graph: fx.Graph) -> dict[str, str]:
