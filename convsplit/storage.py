@@ -73,6 +73,11 @@ class Description:
     layers: tuple[StoredLayer, ...]
     shared: dict[str, str]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the split layers."""
+        return [layer.name for layer in self.layers]
+
 
 def save(converted: nn.Module, path: str | Path) -> None:
     """Write a converted model to one safetensors file, whole or not at all.
@@ -165,12 +170,14 @@ def load(path: str | Path, model: M, *, strict: bool = True, device: torch.devic
     path = Path(path)
     description, tensors = _read(path / WEIGHTS if path.is_dir() else path)
     problems = list(_layer_problems(model, description.layers, tensors))
+    rebuildable = not problems
     if strict:
         problems += _class_problems(model, description)
-    if problems:
-        raise ValueError(_explain(path, model, problems))
-    rebuilt = _rebuild(model, description.layers)
-    problems = list(_tensor_problems(rebuilt, tensors, strict))
+    if rebuildable:
+        rebuilt = _rebuild(model, description.layers)
+        problems += _tensor_problems(rebuilt, tensors, strict)
+    if strict and not problems and _architecture(model, description.names)[1] != description.fingerprint:
+        problems = ["everything compared agrees, only the fingerprint does not: the file is damaged"]
     if problems:
         raise ValueError(_explain(path, model, problems))
     rebuilt = _off_meta(rebuilt, device or "cpu")
@@ -264,7 +271,10 @@ def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     path = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        rights = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(rights)  # safetensors leaves a file that its owner alone may read
         _flush_to_disk(temporary, os.O_RDWR)
         os.replace(temporary, path)
     finally:
@@ -354,11 +364,13 @@ def _parse(text: str) -> Description:
         )
     _require(type(written) is int and written == FORMAT, f"format {written!r}")
     _require(isinstance(data.get("layers"), list), "layers that are no list")
+    layers = tuple(_parse_layer(layer) for layer in data["layers"])
+    _require(len({layer.name for layer in layers}) == len(layers), "a layer listed twice")
     return Description(
         versions=versions,
         fingerprint=str(data.get("fingerprint")),
         modules=_object(data.get("modules"), str),
-        layers=tuple(_parse_layer(layer) for layer in data["layers"]),
+        layers=layers,
         shared=_object(data.get("shared"), str),
     )
 
@@ -438,13 +450,11 @@ def _size_problems(layer: StoredLayer, spec: ConvSpec, tensors: Mapping[str, Ten
 
 
 def _class_problems(model: nn.Module, description: Description) -> Iterator[str]:
-    modules, fingerprint = _architecture(model, [layer.name for layer in description.layers])
+    modules, _ = _architecture(model, description.names)
     for name in {**description.modules, **modules}:
         stored, found = (each.get(name, "no module") for each in (description.modules, modules))
         if stored != found:
             yield f"{name or 'the model'!r} is {stored} in the file, {found} in the model"
-    if modules == description.modules and fingerprint != description.fingerprint:
-        yield "the shapes of the tensors give another fingerprint"
 
 
 def _rebuild(model: M, layers: Iterable[StoredLayer]) -> M:
@@ -541,7 +551,7 @@ def _channel_problems(name: str, layer: SeparableConv2d) -> Iterator[str]:
             group = torch.arange(layer.groups, device=by_group.device).unsqueeze(1)
             inside = by_group.div(width // layer.groups, rounding_mode="floor") == group
             if not bool(inside.all()):
-                yield f"{name}.{key}.channels names channels that its {width} channels do not have in that group"
+                yield f"{key}.channels of {name!r} names channels outside of their group (it has {width} in all)"
 
 
 def _explain(path: Path, model: nn.Module, problems: list[str]) -> str:
