@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsplit.forms import FORMS
+from convsplit.kinds import equivalent
 from convsplit.layers import ChannelGather, ChannelSum, SeparableConv2d, resolve_rank
 from convsplit.options import Option
 from convsplit.plan import Plan, PlannedLayer
@@ -44,10 +45,11 @@ MOST_SHOWN = 20  # mismatches spelled out in one error
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """How one layer is split. `spec` is JSON, compared with the model's but never built from."""
+    """How one layer is split. `spec` and `pad` (a printed module) are compared with the model's, never built from."""
 
     name: str
     spec: dict[str, Any]
+    pad: str
     form: str
     components: int
     even: bool
@@ -56,7 +58,7 @@ class StoredLayer:
     def of(cls, name: str, layer: SeparableConv2d) -> StoredLayer:
         """Describe a live layer; its bias is looked up where it runs, since a refit may have added one."""
         spec = replace(layer.spec, bias=layer.bias is not None)
-        return cls(name, spec.to_json(), layer.form, layer.components, layer.even)
+        return cls(name, spec.to_json(), _printed(layer.stages.get("pad")), layer.form, layer.components, layer.even)
 
     @property
     def bias(self) -> bool:
@@ -301,8 +303,8 @@ def _architecture(model: nn.Module, split: Iterable[str]) -> tuple[dict[str, str
     one; so a converted model and the model it came from give the same.
     """
     named = dict(model.named_modules(remove_duplicate=False))
-    ids = {id(named.get(name)) for name in split if isinstance(named.get(name), nn.Conv2d | SeparableConv2d)}
-    convs = {name: cast(nn.Conv2d, module) for name, module in named.items() if id(module) in ids}
+    specs = {id(named[name]): spec for name in split if name in named and (spec := _spec(named[name])) is not None}
+    convs = {name: specs[id(module)] for name, module in named.items() if id(module) in specs}
     insides = tuple(f"{name}." if name else "" for name in convs)
     modules = {
         name: "Conv2d" if name in convs else type(module).__name__
@@ -310,7 +312,7 @@ def _architecture(model: nn.Module, split: Iterable[str]) -> tuple[dict[str, str
         if name in convs or not name.startswith(insides)
     }
     shapes = _shapes({key: value for key, value in model.state_dict().items() if not key.startswith(insides)})
-    shapes.update({name: ConvSpec.of(conv).weight_shape for name, conv in convs.items()})
+    shapes.update({name: spec.weight_shape for name, spec in convs.items()})
     text = json.dumps([modules, shapes], sort_keys=True)
     return modules, hashlib.sha256(text.encode()).hexdigest()
 
@@ -379,6 +381,7 @@ def _parse_layer(data: Any) -> StoredLayer:
     layer = StoredLayer(**_object(data))
     _require(isinstance(layer.name, str), f"layer name {layer.name!r}")
     _require(isinstance(layer.spec, dict) and isinstance(layer.spec.get("bias"), bool), f"spec {layer.spec!r}")
+    _require(isinstance(layer.pad, str), f"pad {layer.pad!r}")
     _require(isinstance(layer.form, str) and layer.form in FORMS, f"form {layer.form!r}")
     _require(type(layer.components) is int and layer.components > 0, f"components {layer.components!r}")
     _require(isinstance(layer.even, bool), f"even {layer.even!r}")
@@ -418,19 +421,35 @@ def _layer_problems(model: nn.Module, layers: Iterable[StoredLayer], tensors: Ma
         if owner != layer.name:
             yield f"{layer.name!r} and {owner!r} are one module in the model, two in the file"
         elif isinstance(module, SeparableConv2d):
-            if replace(StoredLayer.of(layer.name, module), spec=layer.spec) != layer or not _same_spec(layer, module):
+            same = replace(StoredLayer.of(layer.name, module), spec=layer.spec) == layer
+            if not same or not _same_spec(layer, module.spec):
                 yield f"{layer.name!r} is already split in the model, and otherwise: {module}"
-        elif not isinstance(module, nn.Conv2d):
-            yield f"the file splits {layer.name!r}, a Conv2d; the model has a {type(module).__name__} there"
-        elif not _same_spec(layer, module):
-            yield f"{layer.name!r} has {layer.spec} in the file, {ConvSpec.of(module).to_json()} in the model"
+        elif isinstance(original := equivalent(module), str):
+            yield f"the file splits {layer.name!r}, a convolution; in the model, {original}"
+        elif not _same_spec(layer, spec := ConvSpec.of(original.conv)):
+            yield f"{layer.name!r} has {layer.spec} in the file, {spec.to_json()} in the model"
+        elif layer.pad != _printed(original.pad):
+            pads = [pad or "nothing" for pad in (layer.pad, _printed(original.pad))]
+            yield f"{layer.name!r} pads by {pads[0]} in the file, {pads[1]} in the model"
         else:
-            yield from _size_problems(layer, ConvSpec.of(module), tensors)
+            yield from _size_problems(layer, spec, tensors)
 
 
-def _same_spec(layer: StoredLayer, module: nn.Module) -> bool:
+def _spec(module: nn.Module) -> ConvSpec | None:
+    """The numbers of a split layer, or of the plain convolution that a module equals."""
+    if isinstance(module, SeparableConv2d):
+        return module.spec
+    original = equivalent(module)
+    return None if isinstance(original, str) else ConvSpec.of(original.conv)
+
+
+def _same_spec(layer: StoredLayer, spec: ConvSpec) -> bool:
     """Whether the numbers agree; the bias may differ, as a refit adds one."""
-    return {**layer.spec, "bias": None} == {**ConvSpec.of(cast(nn.Conv2d, module)).to_json(), "bias": None}
+    return {**layer.spec, "bias": None} == {**spec.to_json(), "bias": None}
+
+
+def _printed(pad: nn.Module | None) -> str:
+    return "" if pad is None else repr(pad)
 
 
 def _size_problems(layer: StoredLayer, spec: ConvSpec, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -470,7 +489,8 @@ def _rebuild(model: M, layers: Iterable[StoredLayer]) -> M:
 
 
 def _planned(layer: StoredLayer, name: str, conv: nn.Module) -> PlannedLayer:
-    spec = ConvSpec.of(cast(nn.Conv2d, conv))
+    spec = _spec(conv)
+    assert spec is not None
     params = FORMS[layer.form].params(spec, layer.components)
     option = Option(layer.form, layer.components, layer.even, params, macs=None, error=None)
     return PlannedLayer(name, spec, option=option)

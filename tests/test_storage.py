@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import Aliased, Tied, UNet, awakened, small_net
 from safetensors import safe_open
+from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 
 import convsplit
@@ -188,6 +189,26 @@ def test_a_layer_swapped_by_hand_comes_back(path: Path) -> None:
     assert_same_model(converted, load(path, small_net()))
 
 
+def computed_net() -> nn.Module:
+    """Weights that are computed at every call, and padding that depends on the input's size."""
+    return nn.Sequential(
+        Conv2dSame(3, 16, 3, stride=2), nn.ReLU(), StdConv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3)),
+    )  # fmt: skip
+
+
+def test_other_kinds_of_convolutions_come_back(path: Path) -> None:
+    converted = convsplit.convert(computed_net().eval(), forms=("dw-pw", "pw-dw"), rank=2, bake=True)
+    assert sum(isinstance(m, SeparableConv2d) for m in converted.modules()) == 3
+    save(converted, path)
+    for base in (computed_net(), computed_net().to("meta")):
+        assert_same_model(converted, load(path, base))
+    other = computed_net()
+    other[0] = nn.Conv2d(3, 16, 3, stride=2)
+    with pytest.raises(ValueError, match=r"'0' pads by SamePad2d\(.*\) in the file, nothing in the model"):
+        load(path, other)
+
+
 def test_metadata_tells_versions_and_layers(path: Path) -> None:
     converted = converted_net()
     save(converted, path)
@@ -256,7 +277,7 @@ def test_another_architecture_is_named_in_every_detail(path: Path) -> None:
         load(path, other)
     text = str(caught.value)
     assert "'0' has {" in text
-    assert "the file splits '3', a Conv2d; the model has a Linear there" in text
+    assert "the file splits '3', a convolution; in the model, a Linear is no convolution" in text
     assert "'4' is SiLU in the file, ReLU in the model" in text
     assert "fresh instance of the model that was converted" in text
 
