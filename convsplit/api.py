@@ -113,7 +113,7 @@ def make_plan(
         chosen = [_closest_split(menu) for menu in menus]
     else:
         chosen = allocate(menus, budget, model_params=params, model_macs=traced.macs)
-    layers = _planned_layers(sites, menus, chosen, traced.calls is not None)
+    layers = planned_layers(sites, menus, chosen, traced.calls is not None)
     return Plan(layers, params, traced.macs, budget, seed)
 
 
@@ -122,9 +122,10 @@ def _closest_split(menu: Menu) -> Option:
     return min(menu.options[1:], key=lambda option: (option.error, option.params), default=menu.dense)
 
 
-def _planned_layers(
+def planned_layers(
     sites: list[Site], menus: list[Menu], chosen: list[Option], called: bool
 ) -> tuple[PlannedLayer, ...]:
+    """Every site with the option chosen for it, and the reason where it stays dense."""
     choices = {menu.site.name: (menu, option) for menu, option in zip(menus, chosen, strict=True)}
     layers = []
     for site in sites:

@@ -10,8 +10,8 @@ import convsplit
 
 ROOMS = [
     "progress", "spec", "tables", "lowrank", "forms", "layers", "kinds", "trace", "sites", "options", "latency",
-    "plan", "allocate", "rewrite", "refit", "report", "plots", "frontier", "storage", "finetune", "inference", "passes",
-    "api", "bench", "cli",
+    "plan", "allocate", "rewrite", "refit", "report", "plots", "storage", "finetune", "inference", "passes",
+    "api", "frontier", "bench", "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent
 
