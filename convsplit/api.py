@@ -16,7 +16,7 @@ from convsplit.progress import ConversionWarning
 from convsplit.rewrite import apply_plan
 from convsplit.sites import Site, Skip, find_sites
 from convsplit.spec import parameter_count
-from convsplit.trace import Batch, trace
+from convsplit.trace import Batch, same_globals, trace
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,6 +77,7 @@ def convert(
     return apply_plan(model, plan, progress=progress)
 
 
+@same_globals()
 def make_plan(
     model: nn.Module,
     example_inputs: Batch = None,
@@ -106,7 +107,7 @@ def make_plan(
     traced = trace(model, example_inputs)
     sites = find_sites(model, traced, skip=skip, bake=bake)
     if not sites:
-        warnings.warn(_nothing_found(model), ConversionWarning, stacklevel=2)
+        warnings.warn(_nothing_found(model), ConversionWarning, stacklevel=3)  # past the decorator
     menus = find_options(model, sites, forms=forms, rank=rank, seed=seed, progress=progress)
     params = parameter_count(model)
     if budget is None:

@@ -38,6 +38,7 @@ _LEFT_BEHIND = {
 }
 
 
+@same_globals()
 def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool | None = None) -> M:
     """A deep copy of the model with the layers of the plan split; the model itself is not touched.
 
@@ -68,10 +69,9 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
     """
     originals = _originals(model, plan)
     replacements: dict[str, nn.Module] = {}
-    with same_globals():
-        for layer in track(plan.split, "Factorising", progress=progress):
-            replacements[layer.name] = _split(originals[layer.name], layer, initialise, plan.seed)
-        return _copy_with(model, replacements)
+    for layer in track(plan.split, "Factorising", progress=progress):
+        replacements[layer.name] = _split(originals[layer.name], layer, initialise, plan.seed)
+    return _copy_with(model, replacements)
 
 
 def merge(model: M) -> M:
@@ -142,7 +142,7 @@ def _hand_over(name: str, old: nn.Module, new: nn.Module, memo: dict[int, Any]) 
     ]
     if lost:
         text = f"hooks on {name!r} that the layer which replaces it does not have: {', '.join(lost)}"
-        warnings.warn(text, ConversionWarning, stacklevel=4)
+        warnings.warn(text, ConversionWarning, stacklevel=5)
 
 
 def _unwrapped(hook: Any) -> Any:

@@ -277,7 +277,7 @@ def _explain(error: Exception, model: nn.Module, batch: Batch, entered: list[tup
     return text
 
 
-class _Tracer(fx.Tracer):
+class SplitTracer(fx.Tracer):
     """Keeps every kind of convolution in one piece, also subclasses that live outside torch.nn."""
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
@@ -290,16 +290,20 @@ def _trace_parts(module: nn.Module, name: str, graphs: dict[str, fx.Graph], untr
     if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin) or not any(True for _ in module.children()):
         return
     try:
-        graphs[name] = module.graph if isinstance(module, fx.GraphModule) else _Tracer().trace(module)
+        graphs[name] = module.graph if isinstance(module, fx.GraphModule) else SplitTracer().trace(module)
     except Exception as error:  # whatever the user's forward does with symbols
         untraced[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         for child_name, child in module.named_children():
             _trace_parts(child, f"{name}.{child_name}" if name else child_name, graphs, untraced)
 
 
+# F.conv2d, and what it becomes in graphs of torch.export: one overload for each way of writing the padding.
+_CONV2D = (F.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+
+
 def conv2d_arguments(node: fx.Node) -> dict[str, Any] | None:
     """The arguments of an `F.conv2d` by name, defaults filled in; None for any other node."""
-    if node.op != "call_function" or node.target not in (F.conv2d, torch.ops.aten.conv2d.default):
+    if node.op != "call_function" or node.target not in _CONV2D:
         return None
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
