@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
+
+NARROWEST = 14  # columns of text that a left-aligned column is folded to before a table is stacked
 
 
 def count(number: float | None) -> str:
@@ -24,7 +28,12 @@ def count(number: float | None) -> str:
 
 def ratio(after: float | None, before: float | None) -> str:
     """What is kept, as a percentage: `ratio(1, 4) == "25.0 %"`."""
-    return "-" if not before or after is None else f"{100 * after / before:.1f} %"
+    return "-" if not before or after is None else percent(after / before)
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as a percentage: `percent(0.25) == "25.0 %"`."""
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def share(fraction: float | None) -> str:
@@ -59,7 +68,9 @@ class Table:
         return table
 
     def text(self, width: int | None = None) -> str:
-        """Plain text, as wide as it needs to be unless a width is given."""
+        """Plain text, as wide as it needs to be unless a width is given; too narrow for columns, rows are stacked."""
+        if width is not None and width < self._narrowest():
+            return self._stacked()
         console = Console(file=io.StringIO(), width=width or 1000, color_system=None, legacy_windows=False)
         with console.capture() as capture:
             console.print(self.rich())
@@ -71,9 +82,63 @@ class Table:
         lines = [self.headings, rule, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+    def html(self) -> str:
+        """A plain HTML table, for notebooks."""
+        sides = ["left" if heading in self.left else "right" for heading in self.headings]
+        lines = [_html_row("th", self.headings, sides), *(_html_row("td", row, sides) for row in self.rows)]
+        return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
+
     def csv(self) -> str:
         """Comma-separated values with a heading line."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([self.headings, *self.rows])
         return out.getvalue()
+
+    def _narrowest(self) -> int:
+        """The width below which cells would be cut off."""
+        columns = zip(*([len(cell) for cell in row] for row in (self.headings, *self.rows)), strict=True)
+        widest = [int(max(lengths)) for lengths in columns]
+        named = zip(self.headings, widest, strict=True)
+        return sum(min(size, NARROWEST) if name in self.left else size for name, size in named) + 2 * len(widest)
+
+    def _stacked(self) -> str:
+        """One line per cell, one paragraph per row, headed by its first cell."""
+        margin = max(map(len, self.headings[1:]), default=0)
+        paragraphs = []
+        for first, *cells in self.rows:
+            named = zip(self.headings[1:], cells, strict=True)
+            paragraphs.append("\n".join([first, *(f"  {name:<{margin}}  {cell}" for name, cell in named if cell)]))
+        return "\n\n".join(paragraphs)
+
+
+def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
+    named = zip(cells, sides, strict=True)
+    cells = [f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in named]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def html_page_part(title: str, words: str, *tables: Table) -> str:
+    """A title, words and tables for a notebook cell."""
+    text = f"<p style='white-space:pre-line'>{escape(words)}</p>" if words else ""
+    return f"<b>{escape(title)}</b>{text}{''.join(table.html() for table in tables)}"
+
+
+def records_csv(records: Iterable[Mapping[str, Any]]) -> str:
+    """Plain values as comma-separated values; unknown ones are empty."""
+    rows = list(records)
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    return Table(list(rows[0]) if rows else [], cells).csv()
+
+
+def records_pandas(records: Iterable[Mapping[str, Any]]) -> Any:
+    """Plain values as a `pandas.DataFrame`.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas needs pandas: pip install pandas") from error
+    return pandas.DataFrame.from_records(list(records))

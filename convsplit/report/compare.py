@@ -1,37 +1,29 @@
-"""Reports: what a conversion saved, and how far it moved the weights, every layer's output and the model's output.
-
-Drift is measured on real inputs, over all batches together, in four ways (Y original, Y' converted):
-
-    relative L2   || Y' - Y || / || Y ||
-    cosine        <Y', Y> / (|| Y' || || Y ||)
-    max abs       max | Y' - Y |
-    SNR           10 log10 (|| Y ||^2 / || Y' - Y ||^2), in dB
-
-and for each split layer twice: local, both layers on the original model's features, so its own fault; and
-accumulated, each layer within its own model, so with everything upstream.
-"""
+"""compare: measure on real inputs what a conversion saved and how far it moved things."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convsplit.forms import form_named
+from convsplit.kinds import equivalent
 from convsplit.layers import SeparableConv2d
 from convsplit.progress import track
+from convsplit.report.values import Drift, KeptLayer, LayerReport, Report
+from convsplit.sites import find_sites
 from convsplit.spec import ConvSpec, parameter_count
-from convsplit.tables import Table, count, ratio, share
 from convsplit.trace import (
     Call,
     Forward,
+    Trace,
     batches_in,
+    call,
     observe_calls,
     quiet_run,
     run_or_explain,
@@ -39,151 +31,7 @@ from convsplit.trace import (
     tensors_in,
 )
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far outputs moved; see the head of the module."""
-
-    relative: float
-    cosine: float
-    max_abs: float
-
-    @property
-    def snr_db(self) -> float:
-        """Signal-to-noise ratio in dB, infinite for equal outputs."""
-        return math.inf if self.relative == 0 else -20 * math.log10(self.relative)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One split layer: parameters and MACs before and after, relative weight error, local and accumulated drift."""
-
-    name: str
-    form: str
-    components: int
-    params: tuple[int, int]
-    macs: tuple[int, int] | None
-    weight_error: float
-    local: Drift | None
-    accumulated: Drift | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion saved and how far the output moved; print it, or use `to_json`, `to_csv`, `to_markdown`.
-
-    `params`, `macs`, `conv_params` and `conv_macs` are before and after: of the whole model, and of the layers that
-    were split. `drift` is that of the model's output, `agreement` the share of inputs with the same top-1 class
-    (None where the output is not logits [N, C]); `images` is the number of inputs it was measured on.
-    """
-
-    model: str
-    layers: tuple[LayerReport, ...]
-    params: tuple[int, int]
-    macs: tuple[int, int]
-    drift: Drift | None
-    agreement: float | None
-    images: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def conv_params(self) -> tuple[int, int]:
-        """Parameters of the split layers before and after."""
-        return (sum(layer.params[0] for layer in self.layers), sum(layer.params[1] for layer in self.layers))
-
-    @property
-    def conv_macs(self) -> tuple[int, int]:
-        """MACs of the split layers before and after."""
-        macs = [layer.macs or (0, 0) for layer in self.layers]
-        return (sum(each[0] for each in macs), sum(each[1] for each in macs))
-
-    def totals_table(self) -> Table:
-        """Before, after and kept: parameters and MACs."""
-        pairs = {
-            "parameters, split layers": self.conv_params,
-            "parameters, whole model": self.params,
-            "MACs, split layers": self.conv_macs,
-            "MACs, whole model": self.macs,
-        }
-        rows = [[what, count(before), count(after), ratio(after, before)] for what, (before, after) in pairs.items()]
-        return Table(["", "before", "after", "kept"], rows, frozenset({""}))
-
-    def table(self) -> Table:
-        """One row per split layer."""
-        headings = [
-            "layer",
-            "form",
-            "R",
-            "params",
-            "->",
-            "kept",
-            "MACs",
-            " ->",
-            "weight error",
-            "local",
-            "accumulated",
-        ]
-        return Table(headings, [_row(layer) for layer in self.layers], frozenset({"layer", "form"}))
-
-    def summary(self) -> str:
-        """The drift of the output in words."""
-        lines = []
-        if self.drift is not None:
-            lines.append(
-                f"output drift on {self.images} inputs: relative L2 {share(self.drift.relative)}, "
-                f"cosine {self.drift.cosine:.4f}, max abs {share(self.drift.max_abs)}, SNR {self.drift.snr_db:.1f} dB"
-            )
-        if self.agreement is not None:
-            lines.append(f"top-1 agreement with the original: {100 * self.agreement:.1f} %")
-        return "\n".join([*lines, *self.notes])
-
-    def __str__(self) -> str:
-        return f"{self.model}\n{self.table().text()}\n\n{self.totals_table().text()}\n\n{self.summary()}"
-
-    def to_markdown(self) -> str:
-        """GitHub-flavoured Markdown, for pull requests."""
-        parts = [f"### {self.model}", self.totals_table().markdown(), self.summary(), self.table().markdown()]
-        return "\n\n".join(parts) + "\n"
-
-    def to_csv(self) -> str:
-        """One line per split layer, plain numbers."""
-        headings = [
-            "layer", "form", "components", "params_before", "params_after", "macs_before", "macs_after",
-            "weight_error", "local_drift", "accumulated_drift",
-        ]  # fmt: skip
-        rows = [
-            [
-                x.name, x.form, x.components, *x.params, *(x.macs or ("", "")), x.weight_error,
-                "" if x.local is None else x.local.relative,
-                "" if x.accumulated is None else x.accumulated.relative,
-            ]
-            for x in self.layers
-        ]  # fmt: skip
-        return Table(headings, [[str(cell) for cell in row] for row in rows]).csv()
-
-    def to_json(self) -> str:
-        """JSON text; `from_json` reads it back to an equal report. NaN and infinity are written as null."""
-        return json.dumps(_without_nan({"format": FORMAT, **asdict(self)}), indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: the text is not a report, or was written by a newer version.
-        """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise ValueError("it was written by another version")
-            layers = tuple(_layer_from_json(layer) for layer in data.pop("layers"))
-            params, macs = _pair(data.pop("params")), _pair(data.pop("macs"))
-            drift, notes = _drift(data.pop("drift")), tuple(data.pop("notes"))
-            return cls(layers=layers, params=params, macs=macs, drift=drift, notes=notes, **data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a report of convsplit: {type(error).__name__}: {error}") from error
+TIMED_SECONDS = 1.0  # spent on timing each of the two models
 
 
 def compare(
@@ -192,6 +40,7 @@ def compare(
     inputs: Any,
     *,
     forward: Forward | None = None,
+    time: bool = False,
     progress: bool | None = None,
 ) -> Report:
     """Measure what the conversion of `model` to `converted` saved, and how far it moved the output.
@@ -202,6 +51,7 @@ def compare(
         inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an iterable of those.
         forward: how to run a model on what `inputs` yields; for a loader of images and labels
             `lambda model, batch: model(batch[0])`.
+        time: also measure the median milliseconds of both models on the first batch, for about a second each.
         progress: show a progress bar; by default only on a terminal.
 
     MACs are those of the first batch. Both models are run in eval mode and left as they were.
@@ -219,11 +69,13 @@ def compare(
     meters = {name: (_Meter(), _Meter()) for name in pairs}
     whole, images, agreed, classified = _Meter(), 0, 0, 0
     calls: tuple[dict[str, tuple[Call, ...]], int, int] | None = None
+    milliseconds: tuple[float, float] | None = None
     with quiet_run(model, converted):
         for batch in track(batches_in(inputs), "Comparing", progress=progress):
             if calls is None:
                 original_calls, original_macs = observe_calls(scratch_copy(model), batch, forward)
                 calls = (original_calls, original_macs, observe_calls(scratch_copy(converted), batch, forward)[1])
+                milliseconds = _milliseconds(model, converted, batch, forward) if time else None
             with _watch_original(pairs, meters) as features:
                 before = run_or_explain(model, batch, forward)
             with _watch_converted(pairs, meters, features):
@@ -243,6 +95,9 @@ def compare(
         drift=whole.drift(),
         agreement=agreed / classified if classified else None,
         images=images,
+        stored_bytes=(_bytes(model), _bytes(converted)),
+        milliseconds=milliseconds,
+        kept=tuple(_kept(model, set(pairs))),
         notes=tuple(_notes(layers, whole)),
     )
 
@@ -367,7 +222,8 @@ def _layer_report(
 
 
 def _weight_error(original: nn.Module, layer: SeparableConv2d) -> float:
-    weight = original.weight
+    plain = equivalent(original)  # a convolution may compute the weight it uses
+    weight = original.weight if isinstance(plain, str) else plain.conv.weight
     assert isinstance(weight, Tensor)
     dense = weight.detach().double()
     merged = layer.weight.detach().double()
@@ -392,49 +248,27 @@ def _notes(layers: tuple[LayerReport, ...], whole: _Meter) -> Iterator[str]:
         yield f"outputs that could not be compared, their shapes differ: {'; '.join(whole.mismatched[:3])}"
 
 
-def _row(layer: LayerReport) -> list[str]:
-    before, after = layer.params
-    macs = layer.macs or (None, None)
-    return [
-        layer.name, layer.form, str(layer.components), count(before), count(after), ratio(after, before),
-        count(macs[0]), count(macs[1]), share(layer.weight_error),
-        share(layer.local.relative if layer.local else None),
-        share(layer.accumulated.relative if layer.accumulated else None),
-    ]  # fmt: skip
+def _bytes(module: nn.Module) -> int:
+    """Of all tensors of the state_dict, those that share their memory counted once."""
+    found = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+    tensors = {tensor.untyped_storage().data_ptr() or id(tensor): tensor for tensor in found}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value
+def _milliseconds(model: nn.Module, converted: nn.Module, batch: Any, forward: Forward | None) -> tuple[float, float]:
+    """Median time of both models on a batch; Timer warms up and waits for the device."""
+    from torch.utils.benchmark import Timer  # its import looks for compilers, which takes long
+
+    medians = []
+    for each in (model, converted):
+        names = {"run": forward or call, "model": each, "batch": batch}
+        timer = Timer("run(model, batch)", globals=names, num_threads=torch.get_num_threads())
+        medians.append(1e3 * timer.blocked_autorange(min_run_time=TIMED_SECONDS).median)
+    return (medians[0], medians[1])
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _drift(data: dict[str, float | None] | None) -> Drift | None:
-    return None if data is None else Drift(**{key: _number(value) for key, value in data.items()})
-
-
-def _pair(values: list[int]) -> tuple[int, int]:
-    before, after = values
-    return (int(before), int(after))
-
-
-def _layer_from_json(data: dict[str, Any]) -> LayerReport:
-    return LayerReport(
-        name=data["name"],
-        form=data["form"],
-        components=int(data["components"]),
-        params=_pair(data["params"]),
-        macs=None if data["macs"] is None else _pair(data["macs"]),
-        weight_error=_number(data["weight_error"]),
-        local=_drift(data["local"]),
-        accumulated=_drift(data["accumulated"]),
-    )
+def _kept(model: nn.Module, split: set[str]) -> Iterator[KeptLayer]:
+    """The convolutions that are not split, and why where the model tells; the plan knows of budgets."""
+    for site in find_sites(model, Trace()):
+        if site.name not in split:
+            yield KeptLayer(site.name, site.spec.params if site.spec else 0, site.reason or "kept dense by the plan")

@@ -1,0 +1,24 @@
+"""Reports: what a conversion saved, how far it moved the weights, every layer's output and the model's output.
+
+The rooms inside:
+
+    values.py    Report and what it is made of; text, JSON, CSV, Markdown
+    compare.py   measures a report on two models
+    verdict.py   what the figures mean, in words
+    diff.py      two reports side by side
+    curves.py    Frontier: the whole curve of budget against drift
+    svg.py       plots without a plotting library
+    html.py      the page to look at
+"""
+
+from convsplit.report.compare import compare as compare
+from convsplit.report.curves import Curve as Curve
+from convsplit.report.curves import CurvePoint as CurvePoint
+from convsplit.report.curves import Frontier as Frontier
+from convsplit.report.curves import FrontierPoint as FrontierPoint
+from convsplit.report.diff import ReportDiff as ReportDiff
+from convsplit.report.values import Drift as Drift
+from convsplit.report.values import KeptLayer as KeptLayer
+from convsplit.report.values import LayerReport as LayerReport
+from convsplit.report.values import Report as Report
+from convsplit.report.verdict import Verdict as Verdict

@@ -1,0 +1,179 @@
+"""Curves: error against parameters of every layer, and budget against drift of the whole model.
+
+`Frontier` is a value, made by `convsplit.frontier`. Its knee is the budget whose point lies furthest below the
+straight line from the smallest budget to the model as it is, both axes scaled to 0 .. 1 (Satopaa et al., 2011, for
+convex falling curves): what is kept beyond it buys less and less.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from convsplit.plan import Budget, Plan
+from convsplit.tables import Table, count, html_page_part, percent, records_csv, records_pandas, share
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One option of a layer: form, number of components, parameters, predicted relative weight error."""
+
+    form: str
+    components: int
+    params: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """All options of a layer, and the parameters of its dense weight."""
+
+    layer: str
+    params: int
+    points: tuple[CurvePoint, ...]
+
+    def forms(self) -> dict[str, list[CurvePoint]]:
+        """The points of each form in rising parameters."""
+        found: dict[str, list[CurvePoint]] = {}
+        for point in sorted(self.points, key=lambda point: point.params):
+            found.setdefault(point.form, []).append(point)
+        return found
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One budget: what its plan keeps, the largest predicted weight error, and the drift where it was measured."""
+
+    plan: Plan
+    largest_error: float
+    drift: float | None = None
+    agreement: float | None = None
+
+    @property
+    def budget(self) -> Budget:
+        assert self.plan.budget is not None
+        return self.plan.budget
+
+    @property
+    def kept(self) -> float:
+        """Of the parameters of the splittable convolutions."""
+        return _fraction(self.plan, "params") or 0.0
+
+    @property
+    def macs_kept(self) -> float | None:
+        """Of the MACs of the splittable convolutions; None where shapes are not known."""
+        return _fraction(self.plan, "macs")
+
+    @property
+    def moved(self) -> float:
+        """The measured relative drift or, without one, the largest predicted error."""
+        return self.largest_error if self.drift is None else self.drift
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The whole curve of budget against drift, largest budget first; prints as a table.
+
+    `curves` hold the options of every layer, which all budgets share; `notes` name the budgets that cannot be met.
+    """
+
+    points: tuple[FrontierPoint, ...]
+    curves: tuple[Curve, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Whether drift was measured, at every budget."""
+        return bool(self.points) and all(point.drift is not None for point in self.points)
+
+    @property
+    def knee(self) -> FrontierPoint | None:
+        """The budget to try first; None with fewer than three of them, or where nothing bends."""
+        return _knee(self.points)
+
+    def table(self) -> Table:
+        """One row per budget; a star marks the knee."""
+        headings = ["budget", "params kept", "MACs kept", "largest error", "drift", "agreement", "split", ""]
+        return Table(headings, [self._row(point) for point in self.points], frozenset({"budget", ""}))
+
+    def summary(self) -> str:
+        """The knee and the notes in words."""
+        lines = list(self.notes)
+        if self.knee is not None:
+            what = "measured drift" if self.measured else "largest predicted error"
+            lines.insert(0, f"the knee is at {self.knee.budget!r}: {what} {share(self.knee.moved)}")
+        return "\n".join(lines)
+
+    def text(self, width: int | None = None) -> str:
+        """The table and the summary for a terminal of some width."""
+        return f"{self.table().text(width)}\n\n{self.summary()}".rstrip()
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return html_page_part("Budget against drift", self.summary(), self.table())
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dict of plain values per budget."""
+        return [_record(point, point is self.knee) for point in self.points]
+
+    def to_csv(self) -> str:
+        """One line per budget, plain numbers."""
+        return records_csv(self.records())
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown."""
+        return f"{self.table().markdown()}\n\n{self.summary()}\n"
+
+    def to_json(self) -> str:
+        """Budgets and the curves of all layers."""
+        curves = [asdict(curve) for curve in self.curves]
+        return json.dumps({"points": self.records(), "curves": curves, "notes": list(self.notes)}, indent=1)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with one row per budget."""
+        return records_pandas(self.records())
+
+    def _row(self, point: FrontierPoint) -> list[str]:
+        return [
+            f"{point.budget.kind}={point.budget.fraction:g}", percent(point.kept), percent(point.macs_kept),
+            share(point.largest_error), share(point.drift), percent(point.agreement), count(len(point.plan.split)),
+            "* knee" if point is self.knee else "",
+        ]  # fmt: skip
+
+
+def _knee(points: Sequence[FrontierPoint]) -> FrontierPoint | None:
+    if len(points) < 3:
+        return None
+    least, worst = min(point.kept for point in points), max(point.moved for point in points)
+    if least >= 1 or worst <= 0:
+        return None
+
+    def below_the_line(point: FrontierPoint) -> float:
+        return 1 - (point.kept - least) / (1 - least) - point.moved / worst
+
+    best = max(points, key=below_the_line)
+    return best if below_the_line(best) > 0 else None
+
+
+def _fraction(plan: Plan, what: str) -> float | None:
+    totals = plan.totals()
+    before, after = totals[f"{what}_before"], totals[f"{what}_after"]
+    return after / before if before and after is not None else None
+
+
+def _record(point: FrontierPoint, knee: bool) -> dict[str, Any]:
+    return {
+        "budget": point.budget.kind,
+        "fraction": point.budget.fraction,
+        "params_kept": point.kept,
+        "macs_kept": point.macs_kept,
+        "largest_error": point.largest_error,
+        "drift": point.drift,
+        "agreement": point.agreement,
+        "split": len(point.plan.split),
+        "knee": knee,
+    }

@@ -1,0 +1,291 @@
+"""Report: before and after of a conversion, as a value that prints, compares, and goes to JSON and back.
+
+Drift is measured on real inputs, over all batches together, in four ways (Y original, Y' converted):
+
+    relative L2   || Y' - Y || / || Y ||
+    cosine        <Y', Y> / (|| Y' || || Y ||)
+    max abs       max | Y' - Y |
+    SNR           10 log10 (|| Y ||^2 / || Y' - Y ||^2), in dB
+
+and for each split layer twice: local, both layers on the original model's features, so its own fault; and
+accumulated, each layer within its own model, so with everything upstream.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convsplit.report.curves import Frontier
+from convsplit.report.diff import ReportDiff
+from convsplit.report.verdict import Evidence, Verdict, judge
+from convsplit.tables import Table, count, html_page_part, percent, ratio, records_csv, records_pandas, share
+
+FORMAT = 1  # raised when the JSON of reports changes so that older versions cannot read it
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far outputs moved; see the head of the module."""
+
+    relative: float
+    cosine: float
+    max_abs: float
+
+    @property
+    def snr_db(self) -> float:
+        """Signal-to-noise ratio in dB, infinite for equal outputs."""
+        return math.inf if self.relative == 0 else -20 * math.log10(self.relative)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One split layer: parameters and MACs before and after, relative weight error, local and accumulated drift."""
+
+    name: str
+    form: str
+    components: int
+    params: tuple[int, int]
+    macs: tuple[int, int] | None
+    weight_error: float
+    local: Drift | None
+    accumulated: Drift | None
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A convolution that was left as it is, its parameters, and why."""
+
+    name: str
+    params: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion saved and how far the output moved; print it, or use one of the `to_` methods.
+
+    `params`, `macs`, `conv_params` and `conv_macs` are before and after: of the whole model, and of the layers that
+    were split; likewise `stored_bytes` of all tensors, and `milliseconds` of the first batch where they
+    were measured. `drift` is that of the model's output, `agreement` the share of inputs with the same top-1 class
+    (None where the output is not logits [N, C]); `images` is the number of inputs it was measured on.
+    """
+
+    model: str
+    layers: tuple[LayerReport, ...]
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    drift: Drift | None
+    agreement: float | None
+    images: int
+    stored_bytes: tuple[int, int]
+    milliseconds: tuple[float, float] | None = None
+    kept: tuple[KeptLayer, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the figures mean; see `convsplit.report.verdict` for the thresholds."""
+        return judge(
+            Evidence(
+                split_layers=len(self.layers),
+                params_kept=self.params[1] / max(1, self.params[0]),
+                macs_kept=self.macs[1] / self.macs[0] if self.macs[0] else None,
+                speedup=self.milliseconds[0] / self.milliseconds[1] if self.milliseconds else None,
+                relative_drift=self.drift.relative if self.drift else None,
+                agreement=self.agreement,
+                inputs=self.images,
+            )
+        )
+
+    @property
+    def conv_params(self) -> tuple[int, int]:
+        """Parameters of the split layers before and after."""
+        return (sum(layer.params[0] for layer in self.layers), sum(layer.params[1] for layer in self.layers))
+
+    @property
+    def conv_macs(self) -> tuple[int, int]:
+        """MACs of the split layers before and after."""
+        macs = [layer.macs or (0, 0) for layer in self.layers]
+        return (sum(each[0] for each in macs), sum(each[1] for each in macs))
+
+    def totals_table(self) -> Table:
+        """Before, after and kept: parameters, MACs, bytes, and milliseconds where measured."""
+        pairs = {
+            "parameters, split layers": self.conv_params,
+            "parameters, whole model": self.params,
+            "MACs, split layers": self.conv_macs,
+            "MACs, whole model": self.macs,
+        }
+        rows = [[what, count(before), count(after), ratio(after, before)] for what, (before, after) in pairs.items()]
+        stored, stored_after = self.stored_bytes
+        rows.append(["bytes stored", count(stored), count(stored_after), ratio(stored_after, stored)])
+        if self.milliseconds:
+            slow, fast = self.milliseconds
+            rows.append(["milliseconds", share(slow), share(fast), ratio(fast, slow)])
+        return Table(["", "before", "after", "kept"], rows, frozenset({""}))
+
+    def table(self) -> Table:
+        """One row per split layer."""
+        headings = [
+            "layer",
+            "form",
+            "R",
+            "params",
+            "->",
+            "kept",
+            "MACs",
+            " ->",
+            "weight error",
+            "local",
+            "accumulated",
+        ]
+        return Table(headings, [_row(layer) for layer in self.layers], frozenset({"layer", "form"}))
+
+    def summary(self) -> str:
+        """The verdict and the drift of the output in words."""
+        lines = [str(self.verdict)]
+        if self.drift is not None:
+            lines.append(
+                f"output drift on {self.images} inputs: relative L2 {share(self.drift.relative)}, "
+                f"cosine {self.drift.cosine:.4f}, max abs {share(self.drift.max_abs)}, SNR {self.drift.snr_db:.1f} dB"
+            )
+        if self.agreement is not None:
+            lines.append(f"top-1 agreement with the original: {percent(self.agreement)}")
+        return "\n".join([*lines, *self.notes])
+
+    def text(self, width: int | None = None) -> str:
+        """Everything as plain text, for a terminal of some width."""
+        return f"{self.model}\n{self.table().text(width)}\n\n{self.totals_table().text(width)}\n\n{self.summary()}"
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return html_page_part(self.model, self.summary(), self.totals_table(), self.table())
+
+    def diff(self, other: Report) -> ReportDiff:
+        """Put another report beside this one, such as that after fine-tuning; prints as a table."""
+        return ReportDiff(self, other)
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown, for pull requests."""
+        parts = [f"### {self.model}", self.totals_table().markdown(), self.summary(), self.table().markdown()]
+        return "\n\n".join(parts) + "\n"
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dict of plain values per split layer."""
+        return [_record(layer) for layer in self.layers]
+
+    def to_csv(self) -> str:
+        """One line per split layer, plain numbers."""
+        return records_csv(self.records())
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with one row per split layer."""
+        return records_pandas(self.records())
+
+    def to_html(self, path: str | Path, *, frontier: Frontier | None = None) -> None:
+        """Write one self-contained page to look at; needs the extra `report` (jinja2).
+
+        Args:
+            path: the file; it needs nothing else and no network.
+            frontier: from `convsplit.frontier`; adds the curve of budget against drift, and those of every layer.
+        """
+        from convsplit.report.html import page  # jinja2 is an extra
+
+        Path(path).write_text(page(self, frontier), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` reads it back to an equal report. NaN and infinity are written as null."""
+        return json.dumps(_without_nan({"format": FORMAT, **asdict(self)}), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not a report, or was written by a newer version.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError("it was written by another version")
+            layers = tuple(_layer_from_json(layer) for layer in data.pop("layers"))
+            params, macs = _pair(data.pop("params")), _pair(data.pop("macs"))
+            drift, notes = _drift(data.pop("drift")), tuple(data.pop("notes"))
+            times, size = data.pop("milliseconds"), _pair(data.pop("stored_bytes"))
+            kept = tuple(KeptLayer(**layer) for layer in data.pop("kept"))
+            return cls(
+                layers=layers, params=params, macs=macs, drift=drift, notes=notes, kept=kept, stored_bytes=size,
+                milliseconds=None if times is None else (float(times[0]), float(times[1])), **data,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a report of convsplit: {type(error).__name__}: {error}") from error
+
+
+def _row(layer: LayerReport) -> list[str]:
+    before, after = layer.params
+    macs = layer.macs or (None, None)
+    return [
+        layer.name, layer.form, str(layer.components), count(before), count(after), ratio(after, before),
+        count(macs[0]), count(macs[1]), share(layer.weight_error),
+        share(layer.local.relative if layer.local else None),
+        share(layer.accumulated.relative if layer.accumulated else None),
+    ]  # fmt: skip
+
+
+def _record(layer: LayerReport) -> dict[str, Any]:
+    macs = layer.macs or (None, None)
+    return {
+        "layer": layer.name,
+        "form": layer.form,
+        "components": layer.components,
+        "params_before": layer.params[0],
+        "params_after": layer.params[1],
+        "macs_before": macs[0],
+        "macs_after": macs[1],
+        "weight_error": layer.weight_error,
+        "local_drift": layer.local.relative if layer.local else None,
+        "accumulated_drift": layer.accumulated.relative if layer.accumulated else None,
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _drift(data: dict[str, float | None] | None) -> Drift | None:
+    return None if data is None else Drift(**{key: _number(value) for key, value in data.items()})
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    before, after = values
+    return (int(before), int(after))
+
+
+def _layer_from_json(data: dict[str, Any]) -> LayerReport:
+    return LayerReport(
+        name=data["name"],
+        form=data["form"],
+        components=int(data["components"]),
+        params=_pair(data["params"]),
+        macs=None if data["macs"] is None else _pair(data["macs"]),
+        weight_error=_number(data["weight_error"]),
+        local=_drift(data["local"]),
+        accumulated=_drift(data["accumulated"]),
+    )
