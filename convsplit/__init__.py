@@ -2,6 +2,7 @@
 
 from convsplit.api import convert as convert
 from convsplit.api import make_plan as make_plan
+from convsplit.frontier import frontier as frontier
 from convsplit.kinds import Equivalent as Equivalent
 from convsplit.kinds import register as register
 from convsplit.layers import SeparableConv2d as SeparableConv2d
@@ -9,6 +10,7 @@ from convsplit.plan import Budget as Budget
 from convsplit.plan import Plan as Plan
 from convsplit.plan import PlannedLayer as PlannedLayer
 from convsplit.progress import ConversionWarning as ConversionWarning
+from convsplit.report import Frontier as Frontier
 from convsplit.report import Report as Report
 from convsplit.report import compare as compare
 from convsplit.rewrite import apply_plan as apply_plan
