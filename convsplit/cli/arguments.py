@@ -1,0 +1,171 @@
+"""Groups of arguments that commands share, and the values they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from convsplit.api import make_plan
+from convsplit.cli.inputs import read_inputs
+from convsplit.cli.models import argument, load_model
+from convsplit.cli.parser import did_you_mean
+from convsplit.forms import FORMS
+from convsplit.plan import Budget, Plan
+
+
+def model_arguments(parser: ArgumentParser) -> None:
+    """The model, its arguments and weights."""
+    group = parser.add_argument_group("model")
+    group.add_argument("model", metavar="MODEL", help="package.module:callable, such as torchvision.models:resnet18")
+    group.add_argument(
+        "--model-arg", metavar="NAME=VALUE", action="append", default=[], type=_checked(argument),
+        help="keyword argument of the callable; may be repeated",
+    )  # fmt: skip
+    group.add_argument("--weights", metavar="FILE", type=Path, help=".safetensors, or a checkpoint of plain tensors")
+
+
+def input_arguments(parser: ArgumentParser) -> None:
+    """What the model is called with."""
+    group = parser.add_argument_group("inputs")
+    group.add_argument(
+        "--input", metavar="SOURCE", action="append", default=[],
+        help="a shape (1x3x224x224), a .npy, .npz or .pt file, FILE.npz:KEY, or a folder of images; repeat it for "
+        "several arguments, name them as x=1x3x32x32",
+    )  # fmt: skip
+    group.add_argument("--batch", metavar="N", type=_positive, default=32, help="inputs run at once (32)")
+    group.add_argument("--limit", metavar="N", type=_positive, help="use the first N inputs only")
+    group.add_argument("--image-size", metavar="N", type=_positive, default=224, help="for folders of images (224)")
+
+
+def choice_arguments(parser: ArgumentParser) -> None:
+    """What is split, and how far."""
+    group = parser.add_argument_group("choice")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument(
+        "--budget", metavar="KIND=FRACTION", type=budget,
+        help="params=0.5, macs=0.3 or error=0.05; with ,of=model measured against the whole model (params=0.5)",
+    )  # fmt: skip
+    how.add_argument("--rank", type=rank, help='the same rank in every layer, or "full"')
+    how.add_argument("--plan", metavar="FILE", type=Path, help="use this plan, as written by `convsplit plan --out`")
+    forms_arguments(parser)
+
+
+def forms_arguments(parser: ArgumentParser) -> None:
+    """Limits of the choice."""
+    group = parser.add_argument_group("limits")
+    group.add_argument("--forms", type=forms, default=tuple(FORMS), help=f"only these ({','.join(FORMS)})")
+    group.add_argument(
+        "--skip", metavar="NAME", action="append", default=[], help="leave this layer alone; a pattern; repeatable"
+    )
+
+
+def seed_argument(parser: ArgumentParser) -> None:
+    """The one number all randomness comes from."""
+    parser.add_argument("--seed", type=int, default=0, help="of the factorisation and of random inputs (0)")
+
+
+def out_argument(what: str, *, required: bool = False) -> Any:
+    """The argument --out, said to be `what`."""
+    return lambda parser: parser.add_argument("--out", metavar="FILE", type=Path, help=what, required=required)
+
+
+def output_arguments(parser: ArgumentParser) -> None:
+    """How results are shown."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def model_of(args: Namespace) -> nn.Module:
+    """The model a command line names."""
+    return load_model(args.model, dict(args.model_arg), args.weights)
+
+
+def inputs_of(args: Namespace) -> list[Any]:
+    """The batches a command line names."""
+    return read_inputs(args.input, batch=args.batch, limit=args.limit, size=args.image_size, seed=args.seed)
+
+
+def required_inputs_of(args: Namespace) -> list[Any]:
+    """Likewise, for commands that have to run the model."""
+    if not args.input:
+        args.parser.error("drift is measured on inputs: give --input, such as --input 1x3x224x224")
+    return inputs_of(args)
+
+
+def progress_of(args: Namespace) -> bool | None:
+    """Whether to show a progress bar: no, or on a terminal."""
+    return False if args.quiet else None
+
+
+def plan_of(args: Namespace, model: nn.Module, inputs: list[Any]) -> Plan:
+    """The plan a command line names or describes."""
+    if args.plan is not None:
+        return Plan.load(args.plan)
+    return make_plan(
+        model, inputs[0] if inputs else None, budget=args.budget, rank=args.rank, forms=args.forms, skip=args.skip,
+        seed=args.seed, progress=progress_of(args),
+    )  # fmt: skip
+
+
+def budget(text: str) -> Budget:
+    """Read `params=0.5` or `params=0.5,of=model`."""
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key not in ("params", "macs", "error", "latency", "of"):
+            near = did_you_mean(key, ("params", "macs", "error"))
+            raise ArgumentTypeError(f"{part!r}: want params=, macs= or error= with a fraction: params=0.5{near}")
+        given[key] = value if key == "of" else _number(value)
+    try:
+        return Budget(**given)
+    except (ValueError, TypeError) as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def rank(text: str) -> int | str:
+    """Read a positive number or `full`."""
+    return "full" if text == "full" else _positive(text)
+
+
+def forms(text: str) -> tuple[str, ...]:
+    """Read `dw-pw,pw-dw-pw`."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in FORMS:
+            near = did_you_mean(name, FORMS)
+            raise ArgumentTypeError(f"unknown form {name!r}; the forms are {', '.join(FORMS)}{near}")
+    return names
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    """Read `0.75,0.5,0.25`."""
+    return tuple(_number(part) for part in text.split(","))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r}: want a whole number above 0")
+    return int(text)
+
+
+def _checked(read: Any) -> Any:
+    """Let argparse print the message of a ValueError instead of its own."""
+
+    def checked(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked

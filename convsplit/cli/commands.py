@@ -1,0 +1,206 @@
+"""The commands. Each parses nothing and computes nothing: it calls the API and shows what comes back."""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from convsplit.cli.arguments import (
+    choice_arguments,
+    forms_arguments,
+    fractions,
+    input_arguments,
+    inputs_of,
+    model_arguments,
+    model_of,
+    out_argument,
+    output_arguments,
+    plan_of,
+    progress_of,
+    required_inputs_of,
+    seed_argument,
+)
+from convsplit.cli.completion import SHELLS, completion_script
+from convsplit.cli.inspection import inspect_file
+from convsplit.cli.output import print_json, terminal_width, write, write_whole
+from convsplit.cli.parser import command
+from convsplit.frontier import BUDGETS
+from convsplit.frontier import frontier as compute_frontier
+from convsplit.layers import SeparableConv2d
+from convsplit.plan import Plan
+from convsplit.report import compare
+from convsplit.rewrite import apply_plan
+from convsplit.rewrite import merge as merge_layers
+from convsplit.storage import load, save
+from convsplit.tables import count
+
+WEIGHT_FILES = (".safetensors", ".pt", ".pth")
+
+
+@command(
+    model_arguments, choice_arguments, input_arguments, seed_argument, out_argument("write the plan as JSON"),
+    output_arguments,
+)  # fmt: skip
+def plan(args: Namespace) -> None:
+    """Say what would become of every convolution.
+
+    example: convsplit plan torchvision.models:resnet18 --budget params=0.5 --input 1x3x224x224
+    """
+    made = plan_of(args, model_of(args), inputs_of(args))
+    if args.out:
+        write(args.out, made.to_json() + "\n")
+    print(made.to_json() if args.json else _shown(made))
+
+
+@command(
+    model_arguments, choice_arguments, input_arguments, seed_argument,
+    out_argument("the converted model, .safetensors", required=True), output_arguments,
+)  # fmt: skip
+def convert(args: Namespace) -> None:
+    """Split the convolutions of a model and write it to a file.
+
+    Read the file back with convsplit.load(FILE, model).
+
+    example: convsplit convert torchvision.models:resnet18 --weights r18.pth --out smaller.safetensors
+    """
+    _check_suffix(args.out, (".safetensors",))
+    started = time.perf_counter()
+    model = model_of(args)
+    chosen = plan_of(args, model, inputs_of(args))
+    save(apply_plan(model, chosen, progress=progress_of(args)), args.out)
+    seconds = time.perf_counter() - started
+    if args.json:
+        print_json({"out": str(args.out), "seconds": seconds, "split": len(chosen.split), **chosen.totals()})
+    else:
+        print(f"{_shown(chosen)}\n\nwritten to {args.out} in {seconds:.1f} s")
+
+
+def _converted_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("converted", metavar="CONVERTED", nargs="?", type=Path, help="written by `convsplit convert`")
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page to look at")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="also write Markdown, for pull requests")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write one line per layer")
+
+
+@command(
+    model_arguments, _converted_argument, choice_arguments, input_arguments, _report_arguments, seed_argument,
+    out_argument("write the report as JSON"), output_arguments,
+)  # fmt: skip
+def report(args: Namespace) -> None:
+    """Measure what a conversion saved and how far it moved the output.
+
+    Without CONVERTED the model is converted first, as --budget and the others say.
+
+    example: convsplit report torchvision.models:resnet18 smaller.safetensors --input photos/ --html r.html
+    """
+    inputs, model = required_inputs_of(args), model_of(args)
+    converted = _converted(args, model, inputs)
+    made = compare(model, converted, inputs, progress=progress_of(args))
+    for path, text in ((args.out, made.to_json), (args.markdown, made.to_markdown), (args.csv, made.to_csv)):
+        if path:
+            write(path, text())
+    if args.html:
+        write_whole(args.html, made.to_html)
+    print(made.to_json() if args.json else made.text(terminal_width()))
+
+
+def _converted(args: Namespace, model: nn.Module, inputs: list[object]) -> nn.Module:
+    if args.converted is not None:
+        return load(args.converted, model)
+    return apply_plan(model, plan_of(args, model, inputs), progress=progress_of(args))
+
+
+@command(
+    model_arguments, lambda parser: parser.add_argument("converted", metavar="CONVERTED", type=Path),
+    out_argument("weights of the dense model: .safetensors, .pt or .pth", required=True), output_arguments,
+)  # fmt: skip
+def merge(args: Namespace) -> None:
+    """Turn a converted model back into one of plain convolutions, and write its weights.
+
+    example: convsplit merge torchvision.models:resnet18 smaller.safetensors --out dense.safetensors
+    """
+    _check_suffix(args.out, WEIGHT_FILES)
+    converted = load(args.converted, model_of(args))
+    layers = sum(isinstance(module, SeparableConv2d) for module in converted.modules())
+    state = {key: value.contiguous().clone() for key, value in merge_layers(converted).state_dict().items()}
+    store = save_file if args.out.suffix == ".safetensors" else torch.save
+    write_whole(args.out, lambda path: store(state, path))
+    params = sum(value.numel() for value in state.values())
+    if args.json:
+        print_json({"out": str(args.out), "merged": layers, "numbers": params})
+    else:
+        print(f"{layers} layers merged, {count(params)} numbers written to {args.out}")
+
+
+def _frontier_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("choice")
+    group.add_argument(
+        "--budgets", metavar="F,F,...", type=fractions, default=BUDGETS,
+        help=f"fractions to keep ({','.join(map(str, BUDGETS))})",
+    )  # fmt: skip
+    group.add_argument("--kind", choices=("params", "macs", "error"), default="params", help="of what (params)")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write one line per budget")
+
+
+@command(
+    model_arguments, input_arguments, _frontier_arguments, forms_arguments, seed_argument,
+    out_argument("write the curve as JSON"), output_arguments,
+)  # fmt: skip
+def frontier(args: Namespace) -> None:
+    """Show the whole curve of budget against drift, and suggest where to stop.
+
+    Without --input only predicted errors are given.
+
+    example: convsplit frontier torchvision.models:resnet18 --budgets 0.75,0.5,0.25 --input photos/
+    """
+    inputs, model = inputs_of(args), model_of(args)
+    made = compute_frontier(
+        model, inputs[0] if inputs else None, inputs=inputs or None, budgets=args.budgets, kind=args.kind,
+        forms=args.forms, skip=args.skip, seed=args.seed, progress=progress_of(args),
+    )  # fmt: skip
+    if args.out:
+        write(args.out, made.to_json() + "\n")
+    if args.csv:
+        write(args.csv, made.to_csv())
+    print(made.to_json() if args.json else made.text(terminal_width()))
+
+
+@command(lambda parser: parser.add_argument("file", metavar="FILE", type=Path), output_arguments)
+def inspect(args: Namespace) -> None:
+    """Show what is in a converted model's file, a plan or a report, without the model.
+
+    example: convsplit inspect smaller.safetensors
+    """
+    found = inspect_file(args.file)
+    if args.json:
+        print_json(found.data)
+    else:
+        print(found.text(terminal_width()))
+
+
+@command(lambda parser: parser.add_argument("shell", choices=SHELLS))
+def completion(args: Namespace) -> None:
+    """Print the completion script of a shell.
+
+    bash: source <(convsplit completion bash)
+    zsh:  source <(convsplit completion zsh)
+    fish: convsplit completion fish | source
+    """
+    print(completion_script(args.shell))
+
+
+def _shown(made: Plan) -> str:
+    return f"{made.table().text(terminal_width())}\n\n{made.summary()}"
+
+
+def _check_suffix(path: Path, wanted: tuple[str, ...]) -> None:
+    if path.suffix not in wanted:
+        raise ValueError(f"--out {path}: want a name that ends in {' or '.join(wanted)}")

@@ -1,0 +1,46 @@
+"""What commands leave behind: text on stdout, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal stdout goes to; None where it goes to a file or a pipe, which have no width."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def print_json(value: Any) -> None:
+    """Print plain values as JSON."""
+    print(json.dumps(value, indent=1))
+
+
+def say(message: str) -> None:
+    """Tell the user something that is not the result."""
+    print(message, file=sys.stderr)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file by a text in one step."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
+    """Let `save` write a new file beside `path` and put it in its place; interrupted, it leaves `path` as it was."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        temporary.touch()
+        rights = temporary.stat().st_mode
+        save(temporary)
+        temporary.chmod(rights)  # safetensors leaves a file that its owner alone may read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
