@@ -1,0 +1,242 @@
+"""Every model of torchvision and one of every timm family, converted at full rank and compared with the original.
+
+    python benchmarks/zoo.py                # all; writes benchmarks/results/zoo.md
+    python benchmarks/zoo.py resnet18 ...   # some; prints
+
+Models are built without pretrained weights, in float64 (RAFT in float32, to which it casts), batch-norm statistics
+drawn at random so that no layer is an identity. Models above 30 M parameters, and those for video, are looked at on
+the meta device only: every convolution must have numbers and, where it is left alone, a reason.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import convsplit
+from convsplit.sites import find_sites
+from convsplit.tables import Table
+from convsplit.trace import call, trace
+
+LARGEST = 30e6  # parameters of models that are run
+META = "on the meta device"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one model. `difference` is relative, the largest over its outputs; None where it was not run."""
+
+    name: str
+    sites: int
+    split: int
+    left: Counter[str] = field(default_factory=Counter)
+    difference: float | None = None
+    seconds: float = 0.0
+
+
+def examine(name: str) -> Result:
+    """Convert one model at full rank and run both, or look at its structure where it is large."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(precision(name))  # some models make constants in forward
+    try:
+        return _examine(name)
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _examine(name: str) -> Result:
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        empty = build(name)
+    if sum(p.numel() for p in empty.parameters()) > LARGEST or any(isinstance(m, nn.Conv3d) for m in empty.modules()):
+        sites = find_sites(empty, trace(empty))
+        left = Counter(_kind(site.reason) for site in sites if META not in site.reason)
+        assert all(site.reason and (site.spec is not None or "F.conv2d" in site.reason) for site in sites)
+        return Result(name, len(sites), sum(META in s.reason for s in sites), left, None, time.perf_counter() - start)
+    model = _awakened(build(name)).eval()
+    before = {key: (id(t), t._version, t.sum().item()) for key, t in model.state_dict(keep_vars=True).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", convsplit.ConversionWarning)  # some models have no Conv2d at all
+        plan = convsplit.make_plan(model, rank="full")
+        converted = convsplit.apply_plan(model, plan)
+    assert {key: (id(t), t._version, t.sum().item()) for key, t in model.state_dict(keep_vars=True).items()} == before
+    left = Counter(_kind(layer.reason) for layer in plan.layers if not layer.split)
+    assert all(left)
+    difference = _difference(model, converted, name)
+    return Result(name, len(plan.layers), len(plan.split), left, difference, time.perf_counter() - start)
+
+
+def precision(name: str) -> torch.dtype:
+    """RAFT casts to float32 in forward; everything else runs in float64."""
+    return torch.float32 if name.startswith("raft") else torch.float64
+
+
+def _kind(reason: str) -> str:
+    """A reason without the names in it, for counting."""
+    return reason.split(":")[0].split(";")[0].split("(")[0].strip()
+
+
+@torch.no_grad()
+def _awakened(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, converted: nn.Module, name: str) -> float:
+    inputs, expected = _first_that_runs(model, name)
+    got = tree_leaves(call(converted, inputs))
+    return max((_relative(a, b) for a, b in zip(tree_leaves(expected), got, strict=True)), default=0.0)
+
+
+def _relative(expected: Any, got: Any) -> float:
+    if not isinstance(expected, Tensor) or not expected.is_floating_point():
+        return float(not torch.equal(torch.as_tensor(expected), torch.as_tensor(got)))
+    assert expected.shape == got.shape
+    scale = expected.norm().item()
+    return (got - expected).norm().item() / scale if scale else (got - expected).norm().item()
+
+
+def _first_that_runs(model: nn.Module, name: str) -> tuple[Any, Any]:
+    """The smallest usual input that the model takes, and its output."""
+    errors = []
+    for size in _sizes(model, name):
+        inputs = _inputs(name, size)
+        try:
+            torch.manual_seed(0)
+            return inputs, call(model, inputs)
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+            errors.append(f"{size}: {error}")
+    raise RuntimeError(f"{name} runs on no input: {errors}")
+
+
+def _sizes(model: nn.Module, name: str) -> list[int]:
+    if not name.startswith("timm/"):
+        return [128] if name.startswith("raft") else [64, 96, 224]
+    channels_height_width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    return sorted({64, 96, 128, 224, channels_height_width[-1]})
+
+
+def _inputs(name: str, size: int) -> Any:
+    generator = torch.Generator().manual_seed(size)
+
+    def image(*leading: int) -> Tensor:
+        return torch.rand(*leading, 3, size, size, dtype=precision(name), generator=generator)
+
+    if name.startswith("raft"):
+        return image(1), image(1)
+    return ([image()],) if _detects(name) else (image(1),)
+
+
+def _detects(name: str) -> bool:
+    return any(part in name for part in ("rcnn", "retinanet", "fcos_", "ssd"))
+
+
+def build(name: str) -> nn.Module:
+    """A model by name, `timm/...` for timm's, without pretrained weights and with small detection inputs."""
+    if name.startswith("timm/"):
+        import timm
+
+        return timm.create_model(name.removeprefix("timm/"), pretrained=False)
+    from torchvision import models
+
+    builder: Callable[..., nn.Module] = models.get_model_builder(name)
+    options: dict[str, Any] = {"weights": None}
+    if _detects(name) or name.startswith(("deeplab", "fcn", "lraspp")):
+        options["weights_backbone"] = None
+    if _detects(name) and "ssd" not in name:
+        options |= {"min_size": 96, "max_size": 96}
+    if _detects(name):  # all boxes, or there is nothing to compare
+        options["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
+    if name.endswith(("googlenet", "inception_v3")):
+        options["init_weights"] = False
+    return builder(**options)
+
+
+def torchvision_names() -> list[str]:
+    """Everything `torchvision.models` can build."""
+    from torchvision import models
+
+    return [str(name) for name in models.list_models()]
+
+
+def names() -> list[str]:
+    """All models of the zoo."""
+    return torchvision_names() + [f"timm/{name}" for name in TIMM.split()]
+
+
+def table(results: list[Result]) -> Table:
+    """One row per model."""
+    rows = [
+        [
+            r.name, str(r.sites), str(r.split), ", ".join(f"{n} {reason}" for reason, n in r.left.most_common()),
+            "not run" if r.difference is None else f"{r.difference:.0e}", f"{r.seconds:.1f}",
+        ]
+        for r in results
+    ]  # fmt: skip
+    return Table(["model", "convolutions", "split", "left alone", "worst relative difference", "s"], rows,
+                 frozenset({"model", "left alone"}))  # fmt: skip
+
+
+def summary(results: list[Result]) -> str:
+    """The totals in words."""
+    run = [r.difference for r in results if r.difference is not None]
+    left: Counter[str] = sum((r.left for r in results), Counter())
+    return (
+        f"{len(results)} models with {sum(r.sites for r in results)} convolutions, "
+        f"{sum(r.split for r in results)} split at full rank. "
+        f"{len(run)} models were run in float64: worst relative difference {max(run, default=0):.1e}; "
+        f"{len(results) - len(run)} were looked at on the meta device. "
+        f"{sum(r.seconds for r in results):.0f} s in all.\n\n"
+        "Left alone: " + ", ".join(f"{n} {reason}" for reason, n in left.most_common()) + "."
+    )
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    results = []
+    for name in wanted or names():
+        results.append(examine(name))
+        print(table(results[-1:]).text().splitlines()[-1], flush=True)
+    print(summary(results))
+    if not wanted:
+        heading = f"# The zoo at full rank\n\n`python benchmarks/zoo.py`, torch {torch.__version__}\n\n"
+        text = f"{heading}{summary(results)}\n\n{table(results).markdown()}\n"
+        (Path(__file__).parent / "results" / "zoo.md").write_text(text)
+
+
+# One of every family of timm 1.0.31: the smallest of some, with convolutions to split where the family has any.
+TIMM = """
+beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 convnext_atto cpubone_nano
+crossvit_tiny_240 cs3darknet_s csatv2 cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224
+densenet121 dla34 dpn48b eca_botnext26ts_256 edgenext_small efficientformer_l1 efficientformerv2_s0
+efficientvim_m1 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim eva02_tiny_patch14_224 fasternet_t0
+fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m gernet_s ghostnet_050 gmlp_ti16_224 hardcorenas_a
+hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3
+inception_v4 lcnetv2_small legacy_seresnet18 legacy_xception levit_128 lowformer_b0 mambaout_femto
+maxvit_pico_rw_256 mobilenet_edgetpu_v2_xs mobilenetv5_base mobilevit_xxs mvitv2_tiny
+naflexvit_base_patch16_siglip nasnetalarge nest_tiny nextvit_small nf_regnet_b0 pit_ti_224 pnasnet5large
+poolformer_s12 pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_004_tv repghostnet_050 repvit_m1_0 res2net50_14w_8s
+resnest14d resnet14t resnetv2_18 rexnet_100 sam2_hiera_tiny samvit_base_patch16 selecsls42 sequencer2d_s
+shvit_s1 skresnet18 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
+swinv2_tiny_window16_256 tf_mobilenetv3_large_minimal_100 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m
+twins_svt_small vgg11 visformer_tiny vit_srelpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224
+vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
+"""
+
+if __name__ == "__main__":
+    main()
