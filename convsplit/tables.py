@@ -43,6 +43,11 @@ def share(fraction: float | None) -> str:
     return "0" if fraction == 0 else f"{fraction:.3g}"
 
 
+def milliseconds(time: float | None) -> str:
+    """A time with three significant digits and no exponent: `milliseconds(3172.4) == "3172"`."""
+    return "-" if time is None else f"{time:.0f}" if time >= 100 else f"{time:.3g}"
+
+
 def _three_digits(number: float) -> str:
     return f"{number:.{max(0, 2 - len(str(int(abs(number)))) + 1)}f}"
 

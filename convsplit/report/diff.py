@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from convsplit.tables import Table, count, html_page_part, percent, share
+from convsplit.tables import Table, count, html_page_part, milliseconds, percent, share
 
 if TYPE_CHECKING:
     from convsplit.report.values import LayerReport, Report
@@ -58,7 +58,7 @@ class ReportDiff:
 _TOTALS: list[tuple[str, str, Any]] = [
     ("parameters", "params", count),
     ("MACs", "macs", count),
-    ("milliseconds", "milliseconds", share),
+    ("milliseconds", "milliseconds", milliseconds),
     ("relative output drift", "drift", share),
     ("top-1 agreement", "agreement", percent),
 ]

@@ -22,7 +22,17 @@ from typing import Any
 from convsplit.report.curves import Frontier
 from convsplit.report.diff import ReportDiff
 from convsplit.report.verdict import Evidence, Verdict, judge
-from convsplit.tables import Table, count, html_page_part, percent, ratio, records_csv, records_pandas, share
+from convsplit.tables import (
+    Table,
+    count,
+    html_page_part,
+    milliseconds,
+    percent,
+    ratio,
+    records_csv,
+    records_pandas,
+    share,
+)
 
 FORMAT = 1  # raised when the JSON of reports changes so that older versions cannot read it
 
@@ -125,7 +135,7 @@ class Report:
         rows.append(["bytes stored", count(stored), count(stored_after), ratio(stored_after, stored)])
         if self.milliseconds:
             slow, fast = self.milliseconds
-            rows.append(["milliseconds", share(slow), share(fast), ratio(fast, slow)])
+            rows.append(["milliseconds", milliseconds(slow), milliseconds(fast), ratio(fast, slow)])
         return Table(["", "before", "after", "kept"], rows, frozenset({""}))
 
     def table(self) -> Table:
