@@ -4,7 +4,7 @@
     python benchmarks/zoo.py resnet18 ...   # some; prints
 
 Models are built without pretrained weights, in float64 (RAFT in float32, to which it casts), batch-norm statistics
-drawn at random so that no layer is an identity. Models above 70 M parameters, and those for video, are looked at on
+and constant parameters drawn at random so that no layer is an identity or zero. Models above 70 M parameters, and those for video, are looked at on
 the meta device only: every convolution must have numbers and, where it is left alone, a reason.
 """
 
@@ -57,8 +57,7 @@ def examine(name: str) -> Result:
 def _examine(name: str) -> Result:
     start = time.perf_counter()
     torch.manual_seed(0)
-    with torch.device("meta"):
-        empty = build(name)
+    empty = _empty(name)
     if sum(p.numel() for p in empty.parameters()) > LARGEST or any(isinstance(m, nn.Conv3d) for m in empty.modules()):
         sites = find_sites(empty, trace(empty))
         left = Counter(_kind(site.reason) for site in sites if META not in site.reason)
@@ -77,6 +76,18 @@ def _examine(name: str) -> Result:
     return Result(name, len(plan.layers), len(plan.split), left, difference, time.perf_counter() - start)
 
 
+def _empty(name: str) -> nn.Module:
+    """The model on the meta device; some builders compute with tensors and first need real ones."""
+    try:
+        with torch.device("meta"):
+            return build(name)
+    except (NotImplementedError, RuntimeError):
+        torch.set_default_dtype(torch.float32)
+        empty = build(name).to("meta")
+        torch.set_default_dtype(precision(name))
+        return empty
+
+
 def precision(name: str) -> torch.dtype:
     """RAFT casts to float32 in forward; everything else runs in float64."""
     return torch.float32 if name.startswith("raft") else torch.float64
@@ -93,6 +104,9 @@ def _awakened(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+    for parameter in model.parameters():
+        if (parameter == parameter.flatten()[0]).all():  # zeros and tiny scales would hide what comes before them
+            parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
