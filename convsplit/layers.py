@@ -94,8 +94,9 @@ class ChannelSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = cast("Tensor | None", self.bias)
         start = x.new_zeros(self.out_channels) if bias is None else bias.to(x.dtype)
-        # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it.
-        start = start.view(-1, 1, 1) + torch.zeros_like(x.narrow(-3, 0, 1))
+        # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it. A view, not
+        # a sum with zeros: quantisers would take that for a layer's output and round the bias to eight bits.
+        start, _ = torch.broadcast_tensors(start.view(-1, 1, 1), x.narrow(-3, 0, 1))
         return start.index_add(-3, self.channels, x)
 
 
