@@ -4,8 +4,9 @@
     python benchmarks/zoo.py resnet18 ...   # some; prints
 
 Models are built without pretrained weights, in float64 (RAFT in float32, to which it casts), batch-norm statistics
-and constant parameters drawn at random so that no layer is an identity or zero. Models above 70 M parameters, and those for video, are looked at on
-the meta device only: every convolution must have numbers and, where it is left alone, a reason.
+and constant parameters drawn at random so that no layer is an identity or zero. Models above 70 M parameters, and
+those for video, are looked at on the meta device only: every convolution must have numbers and, where it is left
+alone, a reason.
 """
 
 from __future__ import annotations

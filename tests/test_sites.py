@@ -10,7 +10,7 @@ import pytest
 import torch
 from awkward import doubled, images, settled
 from test_awkward import globals_now, portrait
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import convsplit
 from convsplit import kinds, rewrite
@@ -146,6 +146,18 @@ def test_attributes_set_on_a_layer_go_along(model: nn.Module) -> None:
     converted = convsplit.convert(model, rank="full")
     assert converted[1].stage == "P3"
     assert converted[1].owner[0] is converted
+
+
+@pytest.mark.parametrize("form", ["dw-pw", "pw-dw", "pw-dw-pw"])
+@pytest.mark.parametrize("even", [True, False])
+def test_split_layers_trace_and_take_unbatched_inputs(form: str, even: bool) -> None:
+    conv = settled(nn.Conv2d(4, 6, 3, stride=2))
+    rank = {"rank": 2} if even and form != "pw-dw-pw" else {"components": 7}
+    layer = SeparableConv2d.from_conv(conv, form=form, **rank)
+    layer.add_module("pad", SamePad2d(3, 2))
+    x = images(2, 4, 9, 8)
+    assert torch.equal(fx.symbolic_trace(layer)(x), layer(x))
+    assert torch.allclose(layer(x[0]), layer(x)[0], rtol=1e-12)
 
 
 # A failure in the middle
