@@ -69,11 +69,12 @@ def _cell(results: dict[str, dict[str, str | float]], name: str, path: str) -> s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(paths.BUILDERS), help="default: all of them")
+    parser.add_argument("--paths", nargs="+", default=list(paths.PATHS), help="default: all of them")
     parser.add_argument("--again", action="store_true", help="also what was run before")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for name in chosen.models:
-        for path in paths.PATHS:
+        for path in chosen.paths:
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             key = f"{name} {path}"
             if (name, path) in paths.NOT_RUN or (key in results and not chosen.again):
