@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
             args.run(args)
+        except SystemExit as leaving:  # a usage error that only the command could see
+            return int(leaving.code or DONE)
         except KeyboardInterrupt:
             print("convsplit: interrupted", file=sys.stderr)
             return INTERRUPTED

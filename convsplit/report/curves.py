@@ -58,7 +58,7 @@ class FrontierPoint:
 
     @property
     def kept(self) -> float:
-        """Of the parameters of the splittable convolutions."""
+        """Of the weights of the splittable convolutions."""
         return _fraction(self.plan, "params") or 0.0
 
     @property
@@ -160,9 +160,11 @@ def _knee(points: Sequence[FrontierPoint]) -> FrontierPoint | None:
 
 
 def _fraction(plan: Plan, what: str) -> float | None:
-    totals = plan.totals()
-    before, after = totals[f"{what}_before"], totals[f"{what}_after"]
-    return after / before if before and after is not None else None
+    """What is kept as budgets count it: of the weights of the splittable convolutions, biases left out."""
+    pairs = [(layer.dense, layer.option) for layer in plan.layers if layer.dense and layer.option]
+    before = [getattr(dense, what) for dense, _ in pairs]
+    after = [getattr(option, what) for _, option in pairs]
+    return None if not pairs or None in before or None in after else sum(after) / max(1, sum(before))
 
 
 def _record(point: FrontierPoint, knee: bool) -> dict[str, Any]:

@@ -149,7 +149,6 @@ def _budget(frontier: Frontier, report: Report) -> Figure:
         "Budget against predicted error and measured drift",
         axis("parameters of the splittable convolutions kept", [1.0], write=percents),
         axis("drift or error", [*ys, here[1] if here else 0]),
-        width=620,
     )
     predicted = [(point.kept, point.largest_error) for point in frontier.points]
     plot.line(predicted, 1)
@@ -163,7 +162,7 @@ def _budget(frontier: Frontier, report: Report) -> Figure:
         plot.mark((point.kept, point.moved), said, 0 if frontier.measured else 1)
     if frontier.knee is not None:
         plot.mark((frontier.knee.kept, frontier.knee.moved), f"knee: {frontier.knee.budget!r}", 0, "ring")
-        plot.label((frontier.knee.kept, frontier.knee.moved), "knee")
+        plot.label((frontier.knee.kept, frontier.knee.moved), "knee", right=True)
     if here is not None:
         plot.mark(here, f"this report: {percents(here[0])} kept, drift {share(here[1])}", 2, "triangle")
         legend.append((legend_key(2, shape="triangle"), "this report"))
@@ -192,7 +191,7 @@ def _curves(report: Report, frontier: Frontier | None) -> list[tuple[str, str]]:
 def _curve(curve: Curve, chosen: LayerReport | None) -> str:
     plot = Plot(
         f"Error against parameters of {curve.layer}", axis("kept", [1.0], write=percents), axis("", [1.0]),
-        width=230, height=160, left=32, bottom=38, right=18, top=10, ticks=2,
+        width=230, height=160, left=32, bottom=38, right=25, top=10, ticks=2,
     )  # fmt: skip
     for form, points in curve.forms().items():
         plot.line([(point.params / curve.params, point.error) for point in points], SHAPES[form][0])

@@ -118,10 +118,10 @@ class Plot:
         drawn = MARKS[shape].format(x=x, y=y, x0=x - 3.8, y0=y - 3.8, top=y - 5.2, extra="")
         self.parts.append(f'<g class="mark s{kind}"><title>{escape(title)}</title>{drawn}</g>')
 
-    def label(self, point: Point, text: str) -> None:
-        """Write beside a point, on the side with more room."""
+    def label(self, point: Point, text: str, *, right: bool | None = None) -> None:
+        """Write beside a point: on its right or left, or where there is more room."""
         x, y = self.at(point)
-        right = x < (self.left + self.width) / 2
+        right = x < (self.left + self.width) / 2 if right is None else right
         anchor, dx = ("start", 12) if right else ("end", -12)
         dy = -8 if y > self.top + 24 else 18
         place = f'x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}"'

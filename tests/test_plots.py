@@ -1,0 +1,41 @@
+"""Matplotlib figures: they hold every layer and budget, and leave pyplot alone."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import convsplit
+
+matplotlib = pytest.importorskip("matplotlib")
+from convsplit import plots  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def results() -> tuple[convsplit.Report, convsplit.Frontier]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    ).eval()
+    inputs = torch.randn(2, 3, 9, 9)
+    report = convsplit.compare(model, convsplit.convert(model, forms="dw-pw", rank=1), inputs)
+    return report, convsplit.frontier(model, inputs=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
+
+
+def test_every_picture_draws(results: tuple[convsplit.Report, convsplit.Frontier]) -> None:
+    report, frontier = results
+    drawn = [plots.plot_savings(report), plots.plot_depth(report), plots.plot_frontier(frontier)]
+    for figure in [*drawn, plots.plot_curves(frontier, report), plots.plot_curves(frontier)]:
+        figure.savefig(io.BytesIO(), format="svg")
+
+
+def test_lines_hold_the_figures(results: tuple[convsplit.Report, convsplit.Frontier]) -> None:
+    report, frontier = results
+    local, accumulated = plots.plot_depth(report).axes[0].lines
+    assert list(local.get_ydata()) == [layer.local.relative for layer in report.layers]
+    assert list(accumulated.get_ydata()) == [layer.accumulated.relative for layer in report.layers]
+    measured = plots.plot_frontier(frontier).axes[0].lines[0]
+    assert list(measured.get_xdata()) == [point.kept for point in frontier.points]
+    titled = [axes.get_title() for axes in plots.plot_curves(frontier, report).axes]
+    assert titled[:3] == ["0", "2", "4"]
