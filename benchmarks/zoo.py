@@ -4,7 +4,7 @@
     python benchmarks/zoo.py resnet18 ...   # some; prints
 
 Models are built without pretrained weights, in float64 (RAFT in float32, to which it casts), batch-norm statistics
-and constant parameters drawn at random so that no layer is an identity or zero. Models above 70 M parameters, and
+and constant parameters drawn at random so that no layer is an identity or zero. Models above 25 M parameters, and
 those for video, are looked at on the meta device only: every convolution must have numbers and, where it is left
 alone, a reason.
 """
@@ -29,7 +29,7 @@ from convsplit.sites import find_sites
 from convsplit.tables import Table
 from convsplit.trace import call, trace
 
-LARGEST = 70e6  # parameters of models that are run
+LARGEST = 25e6  # parameters of models that are run
 META = "on the meta device"
 
 
