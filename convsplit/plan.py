@@ -17,7 +17,7 @@ from convsplit.forms import form_named
 from convsplit.layers import resolve_rank
 from convsplit.options import Option
 from convsplit.spec import ConvSpec
-from convsplit.tables import Table, count, ratio, share
+from convsplit.tables import Table, count, html_page_part, ratio, records_csv, records_pandas, share
 
 FORMAT = 1  # raised when the JSON of plans changes so that older versions cannot read it
 
@@ -206,6 +206,25 @@ class Plan:
     def __str__(self) -> str:
         return f"{self.table().text()}\n\n{self.summary()}"
 
+    def _repr_html_(self) -> str:
+        return html_page_part("Plan", self.summary(), self.table())
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dict of plain values per convolution."""
+        return [_record(layer) for layer in self.layers]
+
+    def to_csv(self) -> str:
+        """One line per convolution, plain numbers."""
+        return records_csv(self.records())
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown, for pull requests."""
+        return f"{self.summary()}\n\n{self.table().markdown()}\n"
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with one row per convolution."""
+        return records_pandas(self.records())
+
     def to_json(self) -> str:
         """JSON text; `from_json` reads it back to an equal plan."""
         data = {
@@ -271,6 +290,21 @@ def _row(layer: PlannedLayer) -> list[str]:
         layer.name, kernel, option.form, width, count(before_), count(after), ratio(after, before_),
         count(layer.macs[0]), count(layer.macs[1]), share(option.error), layer.reason,
     ]  # fmt: skip
+
+
+def _record(layer: PlannedLayer) -> dict[str, Any]:
+    option = layer.option if layer.split else None
+    return {
+        "layer": layer.name,
+        "form": option.form if option else "dense",
+        "components": option.components if option else None,
+        "params_before": layer.params[0],
+        "params_after": layer.params[1],
+        "macs_before": layer.macs[0],
+        "macs_after": layer.macs[1],
+        "error": option.error if option else None,
+        "reason": layer.reason,
+    }
 
 
 def _sum(numbers: Any) -> int | None:
