@@ -147,7 +147,8 @@ def _with_functional(model: nn.Module, sites: list[Site], trace: Trace) -> list[
             reasons[owner.name] = f"F.conv2d uses its weight ({conv.name}): the dense kernel is what runs"
         elif conv.weight:
             reason = f"F.conv2d with the parameter {conv.weight}: passes.SplitConv2d splits those of a GraphModule"
-            appended.append(Site(conv.name, conv.spec, reason=reason))
+            known = "" if conv.spec is None else _shape_reason(conv.spec)
+            appended.append(Site(conv.name, conv.spec, reason=known or reason))
         else:
             appended.append(Site(conv.name, conv.spec, reason="F.conv2d with a weight computed in forward"))
     for name in trace.graph_weights:
