@@ -48,7 +48,7 @@ def plot_frontier(frontier: Frontier) -> Figure:
     figure, axes = _figure(xlabel="fraction of the splittable parameters kept", ylabel="drift or error")
     kept = [point.kept for point in frontier.points]
     if frontier.measured:
-        axes.plot(kept, [point.drift for point in frontier.points], "o-", label="measured drift of the output")
+        axes.plot(kept, [point.drift or 0.0 for point in frontier.points], "o-", label="measured drift of the output")
     predicted = [point.largest_error for point in frontier.points]
     axes.plot(kept, predicted, "s--", label="predicted: largest weight error of a layer")
     if frontier.knee is not None:

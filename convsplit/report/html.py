@@ -164,8 +164,8 @@ def _budget(frontier: Frontier, report: Report) -> Figure:
         plot.mark((frontier.knee.kept, frontier.knee.moved), f"knee: {frontier.knee.budget!r}", 0, "ring")
         plot.label((frontier.knee.kept, frontier.knee.moved), "knee", right=True)
     if here is not None:
-        plot.mark(here, f"this report: {percents(here[0])} kept, drift {share(here[1])}", 2, "triangle")
-        legend.append((legend_key(2, shape="triangle"), "this report"))
+        plot.mark(here, f"this report: {percents(here[0])} kept, drift {share(here[1])}", 2, "diamond")
+        legend.append((legend_key(2, shape="diamond"), "this report"))
     words = "What keeping less costs. The ring marks the knee: below it drift rises faster than savings do."
     return Figure("Every budget at a glance", words, plot.svg(), tuple(legend))
 
