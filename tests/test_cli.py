@@ -79,10 +79,11 @@ def test_from_plan_to_merged_weights(folder: Path, capsys: pytest.CaptureFixture
 def test_report_writes_every_format(folder: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("jinja2")
     files = ["--html", "r.html", "--markdown", "r.md", "--csv", "r.csv", "--out", "r.json"]
-    assert main(["report", *NET, "--budget", "params=0.5", "--input", "8x3x9x9", *files, "--json"]) == 0
+    assert main(["report", *NET, "--budget", "params=0.5", "--input", "8x3x9x9", *files, "--time", "--json"]) == 0
     printed = convsplit.Report.from_json(capsys.readouterr().out)
     assert printed == convsplit.Report.from_json(Path("r.json").read_text())
     assert printed.images == 8
+    assert printed.milliseconds is not None
     assert all(Path(name).stat().st_size for name in ("r.html", "r.md", "r.csv"))
     assert main(["inspect", "r.json"]) == 0
 

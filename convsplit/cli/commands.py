@@ -88,6 +88,7 @@ def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page to look at")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="also write Markdown, for pull requests")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write one line per layer")
+    parser.add_argument("--time", action="store_true", help="also measure the milliseconds of both models")
 
 
 @command(
@@ -103,7 +104,7 @@ def report(args: Namespace) -> None:
     """
     inputs, model = required_inputs_of(args), model_of(args)
     converted = _converted(args, model, inputs)
-    made = compare(model, converted, inputs, progress=progress_of(args))
+    made = compare(model, converted, inputs, time=args.time, progress=progress_of(args))
     for path, text in ((args.out, made.to_json), (args.markdown, made.to_markdown), (args.csv, made.to_csv)):
         if path:
             write(path, text())
