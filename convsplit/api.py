@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from convsplit.allocate import allocate
+from convsplit.allocate import POWER, POWER_CALIBRATED, allocate
 from convsplit.forms import FORMS
+from convsplit.kinds import Equivalent, equivalent
+from convsplit.moments import Marginals, checked_batches, measure_marginals
 from convsplit.options import Menu, Option, find_options
 from convsplit.plan import Budget, Plan, PlannedLayer
 from convsplit.progress import ConversionWarning
+from convsplit.refit import refit
 from convsplit.rewrite import apply_plan
 from convsplit.sites import Site, Skip, find_sites
 from convsplit.spec import parameter_count
-from convsplit.trace import Batch, same_globals, trace
+from convsplit.trace import Batch, Forward, same_globals, scratch_copy, trace
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,6 +33,8 @@ def convert(
     forms: str | Sequence[str] = tuple(FORMS),
     skip: Skip = (),
     bake: bool = False,
+    calibration: Any = None,
+    forward: Forward | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> M:
@@ -46,6 +51,9 @@ def convert(
         skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
         bake: also split layers whose weight is computed at every call (parametrizations, weight_norm, spectral_norm,
             pruning masks, timm's StdConv2d), by splitting the weight that runs in eval mode for good.
+        calibration: some hundred unlabelled inputs (an iterable, read once, of what `example_inputs` may be): ranks
+            are then chosen by the error of each layer's output, and the result is repaired by `refit`.
+        forward: how to run a model on what `calibration` yields, such as `lambda model, batch: model(batch[0])`.
         seed: fixes the start of CP; the same seed gives the same result.
         progress: show a progress bar; by default only on a terminal.
 
@@ -63,18 +71,15 @@ def convert(
     >>> sum(p.numel() for p in smaller.parameters()) < 0.42 * sum(p.numel() for p in model.parameters())
     True
     """
+    batches = None if calibration is None else checked_batches(calibration)  # read once: it may be a generator
     plan = make_plan(
-        model,
-        example_inputs,
-        budget=budget,
-        rank=rank,
-        forms=forms,
-        skip=skip,
-        bake=bake,
-        seed=seed,
-        progress=progress,
-    )
-    return apply_plan(model, plan, progress=progress)
+        model, example_inputs, budget=budget, rank=rank, forms=forms, skip=skip, bake=bake,
+        calibration=batches, forward=forward, seed=seed, progress=progress,
+    )  # fmt: skip
+    converted = apply_plan(model, plan, progress=progress)
+    if batches is not None:
+        refit(converted, model, batches, forward=forward, seed=seed, progress=progress)
+    return converted
 
 
 @same_globals()
@@ -87,6 +92,8 @@ def make_plan(
     forms: str | Sequence[str] = tuple(FORMS),
     skip: Skip = (),
     bake: bool = False,
+    calibration: Any = None,
+    forward: Forward | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Plan:
@@ -108,14 +115,26 @@ def make_plan(
     sites = find_sites(model, traced, skip=skip, bake=bake)
     if not sites:
         warnings.warn(_nothing_found(model), ConversionWarning, stacklevel=3)  # past the decorator
-    menus = find_options(model, sites, forms=forms, rank=rank, seed=seed, progress=progress)
+    marginals = None if calibration is None else _marginals(model, sites, checked_batches(calibration), forward)
+    menus = find_options(model, sites, forms=forms, rank=rank, marginals=marginals, seed=seed, progress=progress)
     params = parameter_count(model)
     if budget is None:
         chosen = [_closest_split(menu) for menu in menus]
     else:
-        chosen = allocate(menus, budget, model_params=params, model_macs=traced.macs)
+        power = POWER if marginals is None else POWER_CALIBRATED
+        chosen = allocate(menus, budget, model_params=params, model_macs=traced.macs, power=power)
     layers = planned_layers(sites, menus, chosen, traced.calls is not None)
     return Plan(layers, params, traced.macs, budget, seed)
+
+
+def _marginals(
+    model: nn.Module, sites: list[Site], batches: list[Batch], forward: Forward | None
+) -> dict[str, Marginals]:
+    """The metric of the inputs of every layer that can be split."""
+    modules = dict(model.named_modules())
+    found = {site.name: equivalent(modules[site.name]) for site in sites if site.splittable}
+    convs = {name: each.conv for name, each in found.items() if isinstance(each, Equivalent)}
+    return measure_marginals(scratch_copy(model), convs, batches, forward)
 
 
 def _closest_split(menu: Menu) -> Option:
@@ -139,7 +158,7 @@ def planned_layers(
             reason = "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
         if called and not site.calls:
             reason = "; ".join(filter(None, (reason, "not reached by the example inputs")))
-        layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason))
+        layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason, site.norm))
     return tuple(layers)
 
 

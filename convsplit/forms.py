@@ -50,6 +50,27 @@ class Factors:
         inputs = None if self.inputs is None else self.inputs.to(dtype)
         return Factors(self.spatial.to(dtype), outputs, inputs, self.channels)
 
+    def scaled(self, gain: Tensor) -> Factors:
+        """The factors of the kernel whose output channels are multiplied by gain [G, O]."""
+        if self.outputs is not None:
+            return replace(self, outputs=self.outputs * gain.unsqueeze(2))
+        assert self.channels is not None
+        return replace(self, spatial=self.spatial * gain.gather(1, self.channels).unsqueeze(2))
+
+    def by_group(self) -> list[Factors]:
+        """One `Factors` with G = 1 for each group."""
+        parts = (self.spatial, self.outputs, self.inputs, self.channels)
+        return [
+            Factors(*(None if part is None else part[group : group + 1] for part in parts))  # type: ignore[arg-type]
+            for group in range(len(self.spatial))
+        ]
+
+    @classmethod
+    def joined(cls, groups: Sequence[Factors]) -> Factors:
+        """What `by_group` took apart."""
+        columns = zip(*((f.spatial, f.outputs, f.inputs, f.channels) for f in groups), strict=True)
+        return cls(*(None if parts[0] is None else torch.cat(parts) for parts in columns))  # type: ignore[arg-type]
+
     def balanced(self) -> Factors:
         """The same kernel with each component's norm spread equally over the stages.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -96,8 +97,8 @@ class ChannelSum(nn.Module):
         start = x.new_zeros(self.out_channels) if bias is None else bias.to(x.dtype)
         # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it. A view, not
         # a sum with zeros: quantisers would take that for a layer's output and round the bias to eight bits.
-        start, _ = torch.broadcast_tensors(start.view(-1, 1, 1), x.narrow(-3, 0, 1))
-        return start.index_add(-3, self.channels, x)
+        start, _ = torch.broadcast_tensors(start.view(-1, 1, 1), x.narrow(-3, 0, 1))  # type: ignore[no-untyped-call]
+        return torch.index_add(start, -3, self.channels, x)
 
 
 class SeparableConv2d(nn.Module):
@@ -264,8 +265,10 @@ class SeparableConv2d(nn.Module):
         return layer.train(conv.training)
 
     @torch.no_grad()
-    def initialise_from(self, conv: nn.Conv2d, *, seed: int = 0) -> SeparableConv2d:
+    def initialise_from(self, conv: nn.Conv2d, *, gain: Tensor | None = None, seed: int = 0) -> SeparableConv2d:
         """Fill the stages with the best factors of the weight of `conv`, and copy its bias. Returns the layer.
+
+        `gain` [O] weighs the error of each output channel, for example by what a batch norm makes of it.
 
         Raises:
             ValueError: the weight holds NaN or infinite values.
@@ -274,9 +277,11 @@ class SeparableConv2d(nn.Module):
             raise ValueError(f"the weight of {conv} holds NaN or infinite values and cannot be factorised")
         # float32 at least: half precision has no linear algebra, and its rounding would enter the factors twice.
         wide = torch.promote_types(conv.weight.dtype, torch.float32)
-        kernel = grouped(conv.weight.detach().to(wide), self.spec.groups).contiguous()
-        form = form_named(self.form)
-        self.load_factors(form.factorise(kernel, self.components, even=self.even, seed=seed))
+        weight = conv.weight.detach().to(wide)
+        scale = torch.ones(self.out_channels).to(weight) if gain is None else gain.to(weight)
+        kernel = grouped(weight * scale[:, None, None, None], self.groups).contiguous()
+        factors = form_named(self.form).factorise(kernel, self.components, even=self.even, seed=seed)
+        self.load_factors(factors.scaled(1 / scale.reshape(self.groups, -1)).balanced())
         if conv.bias is not None:
             cast(Tensor, self.bias).copy_(conv.bias)
         return self
@@ -327,6 +332,16 @@ class SeparableConv2d(nn.Module):
         """The bias of the last stage."""
         *_, last = self.stages.values()
         return cast("nn.Parameter | None", last.bias)
+
+    def add_bias(self) -> nn.Parameter:
+        """The bias of the last stage, made of zeros where the layer has none yet."""
+        if self.bias is None:
+            *_, last = self.stages.values()
+            like = self.depthwise.weight
+            zeros = torch.zeros(self.out_channels, dtype=like.dtype, device=like.device)
+            last.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
+            self.spec = replace(self.spec, bias=True)
+        return cast(nn.Parameter, self.bias)
 
     def merged(self) -> nn.Conv2d:
         """The one `Conv2d` this layer equals, on the same device, in the same dtype, memory format and mode."""

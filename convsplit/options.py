@@ -5,13 +5,14 @@ are known, in MACs. Errors are relative Frobenius errors of the weight,
 
     || W - W' || / || W ||,   each output channel scaled by what the following batch norm makes of it,
 
-so that 0 is exact and 1 is as bad as leaving the layer out.
+so that 0 is exact and 1 is as bad as leaving the layer out. Where calibration data are at hand, the norm is that of
+the metric of the layer's inputs, so that it is the layer's output whose relative error is told.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from convsplit.forms import FORMS, Form, form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
+from convsplit.moments import Marginals, whitened
 from convsplit.progress import track
 from convsplit.sites import Site
 from convsplit.spec import ConvSpec
@@ -62,10 +64,13 @@ def find_options(
     *,
     forms: Sequence[str] = tuple(FORMS),
     rank: int | str | None = None,
+    marginals: Mapping[str, Marginals] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> list[Menu]:
     """The options of every splittable site: a grid of ranks of each form, or the one given `rank`.
+
+    `marginals` of the sites' inputs, from `measure_marginals`, turn errors of weights into errors of outputs.
 
     Raises:
         ValueError: an unknown form, or a rank that is neither a positive integer nor "full".
@@ -77,7 +82,9 @@ def find_options(
     modules = dict(model.named_modules())
     splittable = [site for site in sites if site.splittable]
     return [
-        Menu(site, (dense_option(site), *_options(modules, site, chosen, rank, seed)))
+        Menu(
+            site, (dense_option(site), *_options(modules, site, chosen, rank, (marginals or {}).get(site.name), seed))
+        )
         for site in track(splittable, "Error curves", progress=progress)
     ]
 
@@ -106,20 +113,30 @@ def scaled_kernel(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
     return grouped(weight * channel_gain(conv, norm).to(weight)[:, None, None, None], conv.groups).contiguous()
 
 
-def channel_gain(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
-    """What the batch norm makes of each output channel [O]: |gamma| / sqrt(variance + eps), ones without one."""
-    variance = getattr(norm, "running_var", None)
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or variance is None:
-        return torch.ones(conv.out_channels, device=conv.weight.device)
+def channel_gain(conv: nn.Module, norm: nn.Module | None) -> Tensor:
+    """What the batch norm makes of each output channel [O]: |gamma| / sqrt(variance + eps); ones without one.
+
+    Channels it all but silences keep a ten-thousandth of the largest gain, so that their factors stay defined.
+    """
+    weight, variance = conv.weight, getattr(norm, "running_var", None)
+    assert isinstance(weight, Tensor)
+    ones = torch.ones(weight.shape[0], device=weight.device)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or variance is None or variance.shape != ones.shape:
+        return ones
     gain = (variance.detach().float() + norm.eps).rsqrt()
     if norm.weight is not None:
         gain = gain * norm.weight.detach().float().abs()
-    usable = bool(gain.isfinite().all()) and bool((gain > 0).any()) and gain.shape[0] == conv.out_channels
-    return gain if usable else torch.ones_like(gain)
+    usable = bool(gain.isfinite().all()) and bool((gain > 0).any())
+    return gain.clamp_min(1e-4 * gain.max()) if usable else ones
 
 
 def _options(
-    modules: dict[str, nn.Module], site: Site, forms: Sequence[Form], rank: int | str | None, seed: int
+    modules: dict[str, nn.Module],
+    site: Site,
+    forms: Sequence[Form],
+    rank: int | str | None,
+    marginals: Marginals | None,
+    seed: int,
 ) -> list[Option]:
     spec, original = site.spec, equivalent(modules[site.name])
     assert spec is not None
@@ -132,10 +149,17 @@ def _options(
         counts = _grid(form, spec) if rank is None else [form.components(spec, int(rank))]
         even = rank is not None or (form.expands and form.projects)
         if counts:
-            errors = form.errors(kernel, counts, even=even, seed=seed)
+            errors = form.errors(_in_metric(kernel, form, marginals), counts, even=even, seed=seed)
             options += [_option(site, form, R, even, error) for R, error in zip(counts, errors, strict=True)]
     dense = dense_option(site)
     return [option for option in options if _costs_less(option, dense)]
+
+
+def _in_metric(kernel: Tensor, form: Form, marginals: Marginals | None) -> Tensor:
+    """The kernel as the form has to approximate it: in the metric of its inputs where that is known."""
+    if marginals is None:
+        return kernel
+    return whitened(kernel, *marginals.roots(mix_channels=form.expands)).to(kernel.dtype)
 
 
 def _full(site: Site, form: Form) -> Option:

@@ -72,13 +72,17 @@ class Budget:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """What becomes of one convolution. `option` is None where it cannot be split; `reason` tells why it is dense."""
+    """What becomes of one convolution. `option` is None where it cannot be split; `reason` tells why it is dense.
+
+    `norm` names the batch norm after it, whose scales say how much each output channel's error weighs.
+    """
 
     name: str
     spec: ConvSpec | None
     dense: Option | None = None
     option: Option | None = None
     reason: str = ""
+    norm: str = ""
 
     @property
     def split(self) -> bool:
@@ -240,6 +244,7 @@ class Plan:
                     "dense": asdict(layer.dense) if layer.dense else None,
                     "option": asdict(layer.option) if layer.option else None,
                     "reason": layer.reason,
+                    "norm": layer.norm,
                 }
                 for layer in self.layers
             ],
@@ -320,4 +325,5 @@ def _layer_from_json(data: dict[str, Any]) -> PlannedLayer:
         dense=Option(**data["dense"]) if data["dense"] else None,
         option=Option(**data["option"]) if data["option"] else None,
         reason=str(data["reason"]),
+        norm=str(data["norm"]),
     )

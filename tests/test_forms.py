@@ -82,7 +82,9 @@ def test_promised_error_is_attained(form):
     counts = [12, 24, 36]
     promised = form_named(form).errors(W, counts)
     for R, error in zip(counts, promised, strict=True):
-        assert relative_error(form_named(form).factorise(W, R), W) == pytest.approx(error, rel=0.05, abs=1e-6)
+        exact_curve = form in SVD_FORMS  # that of CP is interpolated between a few short fits
+        tolerance = {"abs": 1e-6} if exact_curve else {"rel": 0.15, "abs": 5e-3}
+        assert relative_error(form_named(form).factorise(W, R), W) == pytest.approx(error, **tolerance)
 
 
 def test_cp_is_never_worse_than_the_svd_forms_at_equal_rank():
@@ -128,7 +130,7 @@ def test_cp_curve_predicts_the_fit():
     W = kernel(O=24, I=16)
     ranks = [4, 6, 9, 14, 20, 30]
     for rank, predicted in zip(ranks, cp_curve(W, ranks), strict=True):
-        assert cp(W, rank).error == pytest.approx(predicted, rel=0.1, abs=1e-3)
+        assert cp(W, rank).error == pytest.approx(predicted, rel=0.15, abs=5e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,80 @@
+"""The error of CP fits over ranks, for the price of a few short fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from convsplit.lowrank.cp import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp
+from convsplit.lowrank.factors import CP, affordable, sweep_flops
+
+CURVE_FLOPS = 3e9  # what one of the short fits may cost
+CURVE_SWEEPS = 24
+ANCHORS = (0.05, 0.2, 0.5, 0.75)  # fractions of the kernel's parameters at which a curve is fitted, if two sweeps
+ANCHOR_FLOPS = 4e10  # cost no more than this: 512x512x9 stops at 0.5
+DECAY = 0.8  # of the gain from one doubling of the sweeps to the next
+
+
+def cp_curve(
+    weight: Tensor, ranks: Sequence[int], *, seed: int = 0, output_scale: Tensor | None = None
+) -> list[float]:
+    """Relative errors of `cp` at every one of `ranks`, for the price of a few short fits."""
+    return curve_with_fits(weight, ranks, seed=seed, output_scale=output_scale)[0]
+
+
+def curve_with_fits(
+    weight: Tensor, ranks: Sequence[int], *, seed: int = 0, output_scale: Tensor | None = None
+) -> tuple[list[float], list[CP]]:
+    """`cp_curve`, and the short fits behind it: the one nearest to the rank chosen in the end is that fit's best start.
+
+    Every fit grows from the one below.
+    Between them log(error) is a parabola in the rank; it goes on where the largest
+    ranks are too expensive to fit, and close to the kernel's own number of parameters.
+    """
+    fits: list[CP] = []
+    for rank in _anchors(weight.shape, sorted(set(ranks))):
+        sweeps = affordable(weight.shape, rank, CURVE_FLOPS, 2, CURVE_SWEEPS)
+        before = fits[-1] if fits else None
+        fits.append(
+            cp(weight, rank, start=before, iterations=sweeps, tolerance=3e-4, seed=seed, output_scale=output_scale)
+        )
+    points = [(fit.rank, math.log(max(_settled(fit, weight.shape), 1e-6))) for fit in fits]
+    errors = {rank: math.exp(min(_parabola(points, rank), 0.0)) for rank in set(ranks)}
+    return [min(errors[lower] for lower in errors if lower <= rank) for rank in ranks], fits
+
+
+def _anchors(shape: torch.Size, ranks: list[int]) -> list[int]:
+    """The sorted ranks to fit: the lowest, and those nearest to ANCHORS as far as two sweeps are affordable."""
+    _, O, I, K = shape
+    dense = O * I * K / (O + I + K)  # the rank with as many parameters as the kernel
+    near = {min(ranks, key=lambda rank: abs(rank - fraction * dense)) for fraction in ANCHORS}
+    return sorted({ranks[0]} | {rank for rank in near if 2 * sweep_flops(shape, rank) <= ANCHOR_FLOPS})
+
+
+def _settled(fit: CP, shape: torch.Size) -> float:
+    """The error `cp` would reach with all its sweeps: log(error) falls geometrically from doubling to doubling."""
+    done = len(fit.history)
+    if done < 8 or fit.history[-1] <= 0:
+        return fit.error
+    gain = math.log(fit.history[-1] / fit.history[done // 2 - 1])  # of the last doubling
+    doublings = math.log2(max(affordable(shape, fit.rank, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS) / done, 1))
+    return fit.error * math.exp(
+        gain * sum(DECAY**j * min(doublings - j + 1, 1) for j in range(1, math.ceil(doublings) + 1))
+    )
+
+
+def _parabola(points: list[tuple[int, float]], x: float) -> float:
+    """Newton's parabola through the three points nearest to x (a line or a constant through fewer)."""
+    near = sorted(sorted(points, key=lambda point: abs(math.log(point[0] / x)))[:3])
+    if len(near) == 1:
+        return near[0][1]
+    (x0, y0), (x1, y1) = near[:2]
+    first = (y1 - y0) / (x1 - x0)
+    if len(near) == 2:
+        return y0 + first * (x - x0)
+    x2, y2 = near[2]
+    second = ((y2 - y1) / (x2 - x1) - first) / (x2 - x0)
+    return y0 + (x - x0) * (first + second * (x - x1))
