@@ -10,6 +10,8 @@ from convsplit.plan import Budget as Budget
 from convsplit.plan import Plan as Plan
 from convsplit.plan import PlannedLayer as PlannedLayer
 from convsplit.progress import ConversionWarning as ConversionWarning
+from convsplit.refit import Repaired as Repaired
+from convsplit.refit import refit as refit
 from convsplit.report import Frontier as Frontier
 from convsplit.report import Report as Report
 from convsplit.report import compare as compare

@@ -1,10 +1,9 @@
 """Allocation: one option per layer, so that the layers together stay within the budget.
 
-The objective is the sum over layers of a power of the relative error: the 8th for errors of weights. A signal that
-one layer destroys no later layer brings back, so the worst layer counts most; on trained networks this near-minimax
-choice keeps far more accuracy than the sum of squares, at the same parameters (benchmarks/results/accuracy.md). Errors
-of outputs, measured in the metric of calibration data, tell more and are repaired afterwards: there the 4th wins.
-The choice is solved exactly, as a mixed-integer linear programme, by scipy's HiGHS.
+The objective is the sum over layers of the 4th power of the relative error. A signal that one layer destroys no later
+layer brings back, so the worst layers count most; on trained networks the 4th power keeps more accuracy than the
+squares and than powers closer to the minimax (benchmarks/results/accuracy.md). The choice is solved exactly, as a
+mixed-integer linear programme, by scipy's HiGHS.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from scipy.sparse import csr_array
 from convsplit.options import Menu, Option
 from convsplit.plan import Budget
 
-POWER = 8
-POWER_CALIBRATED = 4
+POWER = 4
 
 Cost = Callable[[Option], float]
 
@@ -31,11 +29,10 @@ def allocate(
     *,
     model_params: int = 0,
     model_macs: int | None = None,
-    power: int = POWER,
 ) -> list[Option]:
     """The best option of each menu under the budget.
 
-    For `Budget(params=...)` and `Budget(macs=...)`: minimises the sum of error ** power subject to the sum of costs
+    For `Budget(params=...)` and `Budget(macs=...)`: minimises the sum of error ** 4 subject to the sum of costs
     being at most the fraction of today's. For `Budget(error=...)`: the option with the fewest parameters within
     that error, layer by layer. `model_params` and `model_macs` are needed for budgets of the whole model.
 
@@ -55,7 +52,7 @@ def allocate(
     if least > allowed:
         smallest = np.ceil((least + whole - splittable) / whole * 1e4) / 1e4
         raise ValueError(f"{budget!r} cannot be met: the smallest that can is {budget.kind}={smallest:.4f}")
-    return _solve(choices, cost, allowed, power)
+    return _solve(choices, cost, allowed)
 
 
 def _cheapest_within(menu: Menu, error: float) -> Option:
@@ -81,19 +78,19 @@ def _undominated(menu: Menu, cost: Cost) -> list[Option]:
     return front
 
 
-def _solve(choices: list[list[Option]], cost: Cost, allowed: float, power: int) -> list[Option]:
-    """Minimise the sum of error ** power over one option per layer, the sum of costs being at most `allowed`."""
+def _solve(choices: list[list[Option]], cost: Cost, allowed: float) -> list[Option]:
+    """Minimise the sum of error ** 4 over one option per layer, the sum of costs being at most `allowed`."""
     if not choices:
         return []
-    # With every layer at the best reachable largest error e, the objective is at most n e^p; a choice that holds an
-    # error above n^(1/p) e is worse. What is left is of order one in units of e, as the solver's tolerances want.
+    # With every layer at the best reachable largest error e, the objective is at most n e^4; a choice that holds an
+    # error above n^(1/4) e is worse. What is left is of order one in units of e, as the solver's tolerances want.
     unit = max(_smallest_largest_error(choices, cost, allowed), 1e-12)
-    bound = unit * len(choices) ** (1 / power) * (1 + 1e-9)
+    bound = unit * len(choices) ** (1 / POWER) * (1 + 1e-9)
     choices = [[option for option in options if _error(option) <= bound] for options in choices]
     flat = [option for options in choices for option in options]
     layer = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
     costs = np.array([cost(option) for option in flat])
-    objective = (np.array([_error(option) for option in flat]) / unit) ** power
+    objective = (np.array([_error(option) for option in flat]) / unit) ** POWER
     one_each = csr_array((np.ones(len(flat)), (layer, np.arange(len(flat)))))
     # Without presolve, because HiGHS prints to stdout while it undoes it.
     solution = milp(

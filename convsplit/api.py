@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from convsplit.allocate import POWER, POWER_CALIBRATED, allocate
+from convsplit.allocate import allocate
 from convsplit.forms import FORMS
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.moments import Marginals, checked_batches, measure_marginals
@@ -121,8 +121,7 @@ def make_plan(
     if budget is None:
         chosen = [_closest_split(menu) for menu in menus]
     else:
-        power = POWER if marginals is None else POWER_CALIBRATED
-        chosen = allocate(menus, budget, model_params=params, model_macs=traced.macs, power=power)
+        chosen = allocate(menus, budget, model_params=params, model_macs=traced.macs)
     layers = planned_layers(sites, menus, chosen, traced.calls is not None)
     return Plan(layers, params, traced.macs, budget, seed)
 
@@ -158,7 +157,7 @@ def planned_layers(
             reason = "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
         if called and not site.calls:
             reason = "; ".join(filter(None, (reason, "not reached by the example inputs")))
-        layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason, site.norm))
+        layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason))
     return tuple(layers)
 
 

@@ -50,13 +50,6 @@ class Factors:
         inputs = None if self.inputs is None else self.inputs.to(dtype)
         return Factors(self.spatial.to(dtype), outputs, inputs, self.channels)
 
-    def scaled(self, gain: Tensor) -> Factors:
-        """The factors of the kernel whose output channels are multiplied by gain [G, O]."""
-        if self.outputs is not None:
-            return replace(self, outputs=self.outputs * gain.unsqueeze(2))
-        assert self.channels is not None
-        return replace(self, spatial=self.spatial * gain.gather(1, self.channels).unsqueeze(2))
-
     def by_group(self) -> list[Factors]:
         """One `Factors` with G = 1 for each group."""
         parts = (self.spatial, self.outputs, self.inputs, self.channels)

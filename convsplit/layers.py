@@ -265,10 +265,8 @@ class SeparableConv2d(nn.Module):
         return layer.train(conv.training)
 
     @torch.no_grad()
-    def initialise_from(self, conv: nn.Conv2d, *, gain: Tensor | None = None, seed: int = 0) -> SeparableConv2d:
+    def initialise_from(self, conv: nn.Conv2d, *, seed: int = 0) -> SeparableConv2d:
         """Fill the stages with the best factors of the weight of `conv`, and copy its bias. Returns the layer.
-
-        `gain` [O] weighs the error of each output channel, for example by what a batch norm makes of it.
 
         Raises:
             ValueError: the weight holds NaN or infinite values.
@@ -277,11 +275,8 @@ class SeparableConv2d(nn.Module):
             raise ValueError(f"the weight of {conv} holds NaN or infinite values and cannot be factorised")
         # float32 at least: half precision has no linear algebra, and its rounding would enter the factors twice.
         wide = torch.promote_types(conv.weight.dtype, torch.float32)
-        weight = conv.weight.detach().to(wide)
-        scale = torch.ones(self.out_channels).to(weight) if gain is None else gain.to(weight)
-        kernel = grouped(weight * scale[:, None, None, None], self.groups).contiguous()
-        factors = form_named(self.form).factorise(kernel, self.components, even=self.even, seed=seed)
-        self.load_factors(factors.scaled(1 / scale.reshape(self.groups, -1)).balanced())
+        kernel = grouped(conv.weight.detach().to(wide), self.groups).contiguous()
+        self.load_factors(form_named(self.form).factorise(kernel, self.components, even=self.even, seed=seed))
         if conv.bias is not None:
             cast(Tensor, self.bias).copy_(conv.bias)
         return self

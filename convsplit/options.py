@@ -3,7 +3,7 @@
 "Keep dense" is always the first option of a site; the others cost less than it, in parameters and, where shapes
 are known, in MACs. Errors are relative Frobenius errors of the weight,
 
-    || W - W' || / || W ||,   each output channel scaled by what the following batch norm makes of it,
+    || W - W' || / || W ||,
 
 so that 0 is exact and 1 is as bad as leaving the layer out. Where calibration data are at hand, the norm is that of
 the metric of the layer's inputs, so that it is the layer's output whose relative error is told.
@@ -106,30 +106,6 @@ def dense_option(site: Site) -> Option:
     return Option("", 0, True, site.spec.weight_params, macs, 0.0)
 
 
-def scaled_kernel(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
-    """The kernel [G, O, I, K] in float32 or wider, each output channel times the gain of the batch norm after it."""
-    weight = conv.weight.detach()
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return grouped(weight * channel_gain(conv, norm).to(weight)[:, None, None, None], conv.groups).contiguous()
-
-
-def channel_gain(conv: nn.Module, norm: nn.Module | None) -> Tensor:
-    """What the batch norm makes of each output channel [O]: |gamma| / sqrt(variance + eps); ones without one.
-
-    Channels it all but silences keep a ten-thousandth of the largest gain, so that their factors stay defined.
-    """
-    weight, variance = conv.weight, getattr(norm, "running_var", None)
-    assert isinstance(weight, Tensor)
-    ones = torch.ones(weight.shape[0], device=weight.device)
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or variance is None or variance.shape != ones.shape:
-        return ones
-    gain = (variance.detach().float() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().float().abs()
-    usable = bool(gain.isfinite().all()) and bool((gain > 0).any())
-    return gain.clamp_min(1e-4 * gain.max()) if usable else ones
-
-
 def _options(
     modules: dict[str, nn.Module],
     site: Site,
@@ -141,7 +117,8 @@ def _options(
     spec, original = site.spec, equivalent(modules[site.name])
     assert spec is not None
     assert isinstance(original, Equivalent)
-    kernel = scaled_kernel(original.conv, modules.get(site.norm))
+    weight = original.conv.weight.detach()
+    kernel = grouped(weight.to(torch.promote_types(weight.dtype, torch.float32)), spec.groups).contiguous()
     if rank == "full":
         return [min((_full(site, form) for form in forms), key=lambda option: option.params)]
     options: list[Option] = []

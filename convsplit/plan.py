@@ -72,17 +72,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """What becomes of one convolution. `option` is None where it cannot be split; `reason` tells why it is dense.
-
-    `norm` names the batch norm after it, whose scales say how much each output channel's error weighs.
-    """
+    """What becomes of one convolution. `option` is None where it cannot be split; `reason` tells why it is dense."""
 
     name: str
     spec: ConvSpec | None
     dense: Option | None = None
     option: Option | None = None
     reason: str = ""
-    norm: str = ""
 
     @property
     def split(self) -> bool:
@@ -166,7 +162,9 @@ class Plan:
     def totals(self) -> dict[str, int | float | None]:
         """Parameters and MACs before and after, of the splittable convolutions and of the whole model."""
         splittable = [layer for layer in self.layers if layer.dense is not None]
-        before, after = (sum(layer.params[side] for layer in splittable) for side in (0, 1))
+        # Weights only, as budgets count: the bias is the same on both sides.
+        before = sum(layer.dense.params for layer in splittable if layer.dense is not None)
+        after = sum(layer.option.params for layer in splittable if layer.option is not None)
         macs: list[int | None] = [_sum(layer.macs[side] for layer in splittable) for side in (0, 1)]
         errors = [layer.option.error for layer in self.split if layer.option is not None]
         return {
@@ -244,7 +242,6 @@ class Plan:
                     "dense": asdict(layer.dense) if layer.dense else None,
                     "option": asdict(layer.option) if layer.option else None,
                     "reason": layer.reason,
-                    "norm": layer.norm,
                 }
                 for layer in self.layers
             ],
@@ -325,5 +322,4 @@ def _layer_from_json(data: dict[str, Any]) -> PlannedLayer:
         dense=Option(**data["dense"]) if data["dense"] else None,
         option=Option(**data["option"]) if data["option"] else None,
         reason=str(data["reason"]),
-        norm=str(data["norm"]),
     )

@@ -11,7 +11,6 @@ from torch import nn
 
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
 from convsplit.layers import SeparableConv2d
-from convsplit.options import channel_gain
 from convsplit.plan import Plan, PlannedLayer
 from convsplit.progress import ConversionWarning, track
 from convsplit.spec import ConvSpec
@@ -68,12 +67,10 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
     >>> type(apply_plan(model, plan)[0]).__name__
     'SeparableConv2d'
     """
-    originals, modules = _originals(model, plan), dict(model.named_modules())
+    originals = _originals(model, plan)
     replacements: dict[str, nn.Module] = {}
     for layer in track(plan.split, "Factorising", progress=progress):
-        replacements[layer.name] = _split(
-            originals[layer.name], layer, modules.get(layer.norm), initialise, plan.seed
-        )
+        replacements[layer.name] = _split(originals[layer.name], layer, initialise, plan.seed)
     return _copy_with(model, replacements)
 
 
@@ -107,16 +104,14 @@ def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
     return originals
 
 
-def _split(
-    original: Equivalent, layer: PlannedLayer, norm: nn.Module | None, initialise: bool, seed: int
-) -> SeparableConv2d:
+def _split(original: Equivalent, layer: PlannedLayer, initialise: bool, seed: int) -> SeparableConv2d:
     option, conv = layer.option, original.conv
     assert option is not None
     pad = copy.deepcopy(original.pad)
     empty = SeparableConv2d.empty_like(
         conv, form=option.form, components=option.components, even=option.even, pad=pad
     )
-    return empty.initialise_from(conv, gain=channel_gain(conv, norm), seed=seed) if initialise else empty
+    return empty.initialise_from(conv, seed=seed) if initialise else empty
 
 
 def _copy_with(model: M, replacements: dict[str, nn.Module]) -> M:

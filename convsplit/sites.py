@@ -26,14 +26,13 @@ class Site:
 
     `name` is its first name (of an `F.conv2d`, that of its node in the graph) and `aliases` are the others. `reason`
     says why it is left alone; it is empty where the convolution can be split. `calls` are its uses (empty where no
-    example inputs were given), `norm` is the name of the batch norm that scales its output.
+    example inputs were given).
     """
 
     name: str
     spec: ConvSpec | None
     aliases: tuple[str, ...] = ()
     calls: tuple[Call, ...] = ()
-    norm: str = ""
     reason: str = ""
 
     @property
@@ -65,7 +64,7 @@ def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = 
         name, *aliases = names[id(module)]
         spec, reason = _examine(module, shared, bake)
         calls = (trace.calls or {}).get(name, ())
-        found.append(Site(name, spec, tuple(aliases), calls, trace.norms.get(name, ""), reason))
+        found.append(Site(name, spec, tuple(aliases), calls, reason))
     return _skipped(_with_functional(model, found, trace), skip, dict(model.named_modules()))
 
 

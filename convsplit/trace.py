@@ -14,14 +14,12 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,16 +104,14 @@ class Trace:
 
     `graphs` maps the name of each traced part ("" is the whole model) to its fx graph, `untraced` the name of each
     part that does not trace to the reason. `calls` maps module names to their uses in the order of first use, and
-    `macs` are those of the whole model; both are None where no example inputs were given. `norms` maps a
-    convolution to the batch norm that follows it. `functional` lists the `F.conv2d` of the graphs, `graph_weights`
-    the parameters that graphs of GraphModules read.
+    `macs` are those of the whole model; both are None where no example inputs were given. `functional` lists the
+    `F.conv2d` of the graphs, `graph_weights` the parameters that graphs of GraphModules read.
     """
 
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
     calls: dict[str, tuple[Call, ...]] | None = None
     macs: int | None = None
-    norms: dict[str, str] = field(default_factory=dict)
     functional: tuple[FunctionalConv, ...] = ()
     graph_weights: frozenset[str] = frozenset()
 
@@ -131,14 +127,11 @@ def trace(model: nn.Module, example_inputs: Batch = None) -> Trace:
         graphs: dict[str, fx.Graph] = {}
         untraced: dict[str, str] = {}
         _trace_parts(copied, "", graphs, untraced)
-        norms = _norms_by_order(copied)
-        for part, graph in graphs.items():
-            norms.update(_norms_in_graph(copied, part, graph))
         functional = tuple(conv for part, graph in graphs.items() for conv in _functional_convs(copied, part, graph))
         weights = frozenset(_weights_of_graph_modules(copied))
         # Tracing runs the model's own code on symbols, which may stay behind in attributes: run a second, clean copy.
         calls, macs = (None, None) if example_inputs is None else observe_calls(scratch_copy(model), example_inputs)
-    return Trace(graphs, untraced, calls, macs, norms, functional, weights)
+    return Trace(graphs, untraced, calls, macs, functional, weights)
 
 
 @contextmanager
@@ -353,34 +346,3 @@ def _weights_of_graph_modules(model: nn.Module) -> Iterator[str]:
         if isinstance(module, fx.GraphModule):
             for node in module.graph.find_nodes(op="get_attr"):
                 yield f"{name}.{node.target}" if name else str(node.target)
-
-
-def _norms_in_graph(model: nn.Module, part: str, graph: fx.Graph) -> dict[str, str]:
-    """Convolutions whose only use is a batch norm, which scales each of their output channels."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    prefix = f"{part}." if part else ""
-    norms: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or len(node.users) != 1:
-            continue
-        (user,) = node.users
-        name, following = f"{prefix}{node.target}", f"{prefix}{user.target}"
-        if user.op == "call_module" and isinstance(modules.get(following), _BatchNorm):
-            norms[name] = following
-    return norms
-
-
-def _norms_by_order(model: nn.Module) -> dict[str, str]:
-    """The same read off the order of registration, for parts that do not trace."""
-    norms: dict[str, str] = {}
-    for parent_name, parent in model.named_modules():
-        children = list(parent.named_children())
-        for (name, module), (next_name, following) in pairwise(children):
-            if (
-                isinstance(module, nn.Conv2d)
-                and isinstance(following, _BatchNorm)
-                and following.num_features == module.out_channels
-            ):
-                prefix = f"{parent_name}." if parent_name else ""
-                norms[f"{prefix}{name}"] = f"{prefix}{next_name}"
-    return norms

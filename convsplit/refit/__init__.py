@@ -16,11 +16,10 @@ from convsplit.forms import Factors, form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers import SeparableConv2d
 from convsplit.moments import Moments, checked_batches, measure_moments
-from convsplit.options import channel_gain
 from convsplit.progress import track
 from convsplit.refit.solve import best_bias, fit_factors, quadratics, relative_loss
 from convsplit.refit.walk import walk
-from convsplit.trace import Forward, quiet_run, run_or_explain, trace
+from convsplit.trace import Forward, quiet_run, run_or_explain
 
 MEMORY_LIMIT = 2 << 30  # bytes of features kept between layers before the walk falls back to recomputing them
 STAGES = ("all", "last", "bias")
@@ -84,7 +83,7 @@ def refit(
         raise ValueError(f"stages={stages!r}; want one of {', '.join(map(repr, STAGES))}")
     data = checked_batches(batches)
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
-    modules, norms = dict(original.named_modules()), trace(original).norms
+    modules = dict(original.named_modules())
     for name in layers:
         if name not in modules:
             raise ValueError(f"converted has a split layer {name!r}, original has no such module: not its conversion")
@@ -94,32 +93,31 @@ def refit(
         stops = walk(original, converted, layers, data, forward, MEMORY_LIMIT)
         for stop in track(stops, "Refitting", progress=progress):
             layer = layers[stop.name]
-            gain = channel_gain(layer, modules.get(norms.get(stop.name, ""))).double().reshape(layer.groups, -1)
             moments = measure_moments(layer, stop.pairs(), stop.calls * len(data))
-            before = _loss(layer, gain, moments)
-            _fit_layer(layer, _original_kernel(modules[stop.name]), gain, moments, stages, ridge, seed)
-            repaired.append(Repaired(stop.name, before, _loss(layer, gain, moments)))
+            before = _loss(layer, moments)
+            _fit_layer(layer, _original_kernel(modules[stop.name]), moments, stages, ridge, seed)
+            repaired.append(Repaired(stop.name, before, _loss(layer, moments)))
     return tuple(repaired)
 
 
 def _fit_layer(
-    layer: SeparableConv2d, kernel: Tensor, gain: Tensor, moments: Moments, stages: str, ridge: float, seed: int
+    layer: SeparableConv2d, kernel: Tensor, moments: Moments, stages: str, ridge: float, seed: int
 ) -> None:
     """Fit the stages asked for and the bias; factors that came out worse on the data are not kept."""
     if stages != "bias":
         form, current = form_named(layer.form), layer.factors().to(torch.float64)
-        problems = quadratics(kernel, gain, moments, ridge)
+        problems = quadratics(kernel, moments, ridge)
         fits = [
             fit_factors(problem, form, group, even=layer.even, seed=seed, last_stage_only=stages == "last")
-            for problem, group in zip(problems, current.scaled(gain).by_group(), strict=True)
+            for problem, group in zip(problems, current.by_group(), strict=True)
         ]
-        layer.load_factors(Factors.joined(fits).scaled(1 / gain).balanced())
+        layer.load_factors(Factors.joined(fits).balanced())
     layer.add_bias().copy_(best_bias(grouped(layer.weight, layer.groups), moments))
 
 
-def _loss(layer: SeparableConv2d, gain: Tensor, moments: Moments) -> float:
-    bias = layer.bias if layer.bias is not None else torch.zeros_like(gain).flatten()
-    return relative_loss(grouped(layer.weight, layer.groups), bias, gain, moments)
+def _loss(layer: SeparableConv2d, moments: Moments) -> float:
+    bias = layer.bias if layer.bias is not None else torch.zeros_like(moments.target_mean).flatten()
+    return relative_loss(grouped(layer.weight, layer.groups), bias, moments)
 
 
 def _original_kernel(module: nn.Module) -> Tensor:

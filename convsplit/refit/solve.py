@@ -48,25 +48,24 @@ class Quadratic:
         return float(((miss @ self.S) * miss).sum() / ((whole @ self.S) * whole).sum().clamp_min(1e-300))
 
 
-def quadratics(kernel: Tensor, gain: Tensor, moments: Moments, ridge: float = RIDGE) -> list[Quadratic]:
-    """The quadratic of each group for original kernels [G, O, I, K], output channels weighted by `gain` [G, O]."""
+def quadratics(kernel: Tensor, moments: Moments, ridge: float = RIDGE) -> list[Quadratic]:
+    """The quadratic of each group for original kernels [G, O, I, K]."""
     found = []
-    for W0, scale, S, C in zip(kernel.double(), gain.double(), moments.patches, moments.cross, strict=True):
-        pull = ridge * S.diagonal().mean().clamp_min(torch.finfo(S.dtype).tiny)
+    for W0, S, C in zip(kernel.double(), moments.patches, moments.cross, strict=True):
+        pull = (ridge * S.diagonal().mean()).clamp_min(1e-12)  # all of S where the inputs never change
         S = S + pull * torch.eye(len(S), dtype=S.dtype, device=S.device)
-        best = torch.cholesky_solve((C + pull * W0.flatten(1)).mT, torch.linalg.cholesky(S)).mT
-        found.append(Quadratic(S, (scale.unsqueeze(1) * best).reshape(W0.shape)))
+        best = _cholesky_solve(S, (C + pull * W0.flatten(1)).mT).mT
+        found.append(Quadratic(S, best.reshape(W0.shape)))
     return found
 
 
-def relative_loss(kernel: Tensor, bias: Tensor, gain: Tensor, moments: Moments) -> float:
+def relative_loss(kernel: Tensor, bias: Tensor, moments: Moments) -> float:
     """Mean squared error of kernels [G, O, I, K] with bias [O] on the data, relative to the targets' variance."""
     W = kernel.flatten(2).double()
     quadratic = ((W @ moments.patches) * W).sum(2) - 2 * (W * moments.cross).sum(2) + moments.energy
-    offset = (best_bias(kernel, moments) - bias).reshape(gain.shape)
-    weight = gain.double().square()
-    whole = (weight * moments.energy).sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((weight * (quadratic + offset.square())).sum().clamp_min(0) / whole)
+    offset = (best_bias(kernel, moments) - bias).reshape(moments.energy.shape)
+    whole = moments.energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((quadratic + offset.square()).sum().clamp_min(0) / whole)
 
 
 def best_bias(kernel: Tensor, moments: Moments) -> Tensor:

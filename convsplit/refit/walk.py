@@ -109,7 +109,7 @@ def _run_until(
     forward: Forward | None,
     take: Callable[[tuple[Any, ...], Tensor], Tensor],
 ) -> list[Tensor]:
-    """Run the model until a layer was called `count` times; take from each call a copy, as later steps may be in place."""
+    """Run the model until a layer was called `count` times; copies (later steps may be in place) of what to take."""
     taken: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,213 @@
+"""Label-free repair: it helps, never harms a layer, is the same for every way of walking, and refuses nonsense."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from residual import SmallNet, Untraceable, images, small_net
+from torch import nn
+
+import convsplit
+from convsplit import Budget, SeparableConv2d
+from convsplit.forms import FORMS, grouped
+from convsplit.moments import measure_moments, padded
+from convsplit.refit.solve import quadratics
+
+
+def drift(model: nn.Module, converted: nn.Module, inputs: torch.Tensor) -> float:
+    return convsplit.compare(model, converted, inputs).drift.relative
+
+
+def converted_net(cls=SmallNet, form=tuple(FORMS), fraction=0.3):
+    model = small_net(cls)
+    return model, convsplit.convert(model, budget=Budget(params=fraction), forms=form)
+
+
+@pytest.mark.parametrize("form", [*FORMS, tuple(FORMS)], ids=str)
+def test_repair_lowers_the_drift_and_no_layer_gets_worse(form):
+    model, converted = converted_net(form=form, fraction=0.4)
+    before = drift(model, converted, images(64, seed=1))
+    repaired = convsplit.refit(converted, model, list(images(128).split(32)))
+    assert drift(model, converted, images(64, seed=1)) < 0.8 * before
+    assert [layer.name for layer in repaired] == [
+        name for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)
+    ]
+    assert all(layer.after <= layer.before * (1 + 1e-6) for layer in repaired)
+
+
+def test_more_stages_repair_more():
+    model, converted = converted_net()
+    drifts = []
+    for stages in ("bias", "last", "all"):
+        twin = copy.deepcopy(converted)
+        convsplit.refit(twin, model, images(128), stages=stages)
+        drifts.append(drift(model, twin, images(128)))
+    assert drifts[2] < drifts[1] < drifts[0] < drift(model, converted, images(128))
+
+
+def test_the_last_stage_is_the_least_squares_solution():
+    conv = nn.Conv2d(6, 8, 3, padding=1, stride=2)
+    layer = SeparableConv2d.from_conv(conv, form="dw-pw", rank=1)
+    x = torch.randn(32, 6, 9, 9)
+    convsplit.refit(layer, conv, x, stages="last", ridge=1e-9)
+    features = layer.depthwise(x).transpose(0, 1).flatten(1)
+    design = torch.cat([features, torch.ones(1, features.shape[1])]).T
+    oracle = torch.linalg.lstsq(design, conv(x).transpose(0, 1).flatten(1).T).solution
+    torch.testing.assert_close(layer.pointwise_out.weight.flatten(1), oracle[:-1].T, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(layer.bias, oracle[-1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"padding": 1, "stride": 2},
+        {"padding": "same", "dilation": (1, 2)},
+        {"padding": (2, 1), "padding_mode": "reflect"},
+        {"kernel_size": (2, 4), "padding": "same"},
+    ],
+    ids=str,
+)
+def test_every_geometry(form, groups, geometry):
+    conv = nn.Conv2d(8, 12, **{"kernel_size": 3, **geometry}, groups=groups)
+    layer = SeparableConv2d.from_conv(conv, form=form, components=24 if groups == 1 else 20)
+    x = torch.randn(32, 8, 9, 9).relu()
+    before = (layer(x) - conv(x)).norm()
+    convsplit.refit(layer, conv, x)
+    assert (layer(x) - conv(x)).norm() < before
+
+
+def test_patches_are_what_a_convolution_sees():
+    conv = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, bias=False)
+    layer = SeparableConv2d.from_conv(conv, form="dw-pw", rank=9)
+    x = torch.randn(8, 4, 9, 9)
+    moments = measure_moments(layer, [(x, conv(x))], 1)
+    (best,) = {
+        torch.cat([q.best for q in quadratics(grouped(conv.weight.detach() * 0, 2), moments, 1e-9)])
+    }
+    torch.testing.assert_close(best.float(), grouped(conv.weight.detach(), 2).flatten(0, 1), rtol=1e-3, atol=1e-4)
+    assert padded(conv, x).shape == (8, 4, 11, 9)
+
+
+def test_every_walk_gives_the_same(monkeypatch):
+    model, converted = converted_net()
+    inputs = list(images(64).split(16))
+    twins = [copy.deepcopy(converted) for _ in range(3)]
+    convsplit.refit(twins[0], model, inputs)
+    monkeypatch.setattr(sys.modules["convsplit.refit"], "MEMORY_LIMIT", 0)
+    convsplit.refit(twins[1], model, inputs)
+    monkeypatch.setattr(sys.modules["convsplit.refit.walk"], "_lockstep", lambda *_: iter(()))
+    convsplit.refit(twins[2], model, inputs)
+    for twin in twins[1:]:
+        for one, other in zip(twins[0].parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_untraceable_models_shared_layers_and_other_inputs():
+    model, converted = converted_net(Untraceable)
+    before = drift(model, converted, images())
+    batches = ([batch, torch.zeros(16)] for batch in images(64).split(16))  # a generator of images and labels
+    convsplit.refit(converted, model, batches, forward=lambda m, batch: m(batch[0]))
+    assert drift(model, converted, images()) < before
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x, scale=None):
+            y = torch.relu_(self.conv(x))
+            return {"out": self.conv(y) if scale is None else scale * self.conv(y)}
+
+    model = Twice()
+    converted = convsplit.convert(model, rank=1, forms="dw-pw")
+    before = drift(model, converted, torch.randn(8, 8, 6, 6))
+    convsplit.refit(converted, model, [{"x": torch.randn(8, 8, 6, 6)} for _ in range(4)])
+    assert drift(model, converted, torch.randn(8, 8, 6, 6)) < before
+
+
+def test_calibration_in_convert_chooses_and_repairs():
+    model = small_net()
+    data = list(images(128).split(32))
+    budget = Budget(params=0.3)
+    plain = convsplit.convert(model, images(), budget=budget)
+    calibrated = convsplit.convert(model, images(), budget=budget, calibration=(batch for batch in data))
+    assert drift(model, calibrated, images(64, seed=1)) < 0.7 * drift(model, plain, images(64, seed=1))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        images(8),
+        torch.zeros(8, 3, 12, 12),
+        [images(3), images(5), images(1)],
+    ],
+    ids=["eight", "constant", "uneven"],
+)
+def test_poor_data_does_no_damage(data):
+    model, converted = converted_net()
+    before = drift(model, converted, images(64, seed=1))
+    convsplit.refit(converted, model, data)
+    assert all(p.isfinite().all() for p in converted.parameters())
+    assert drift(model, converted, images(64, seed=1)) < 1.5 * before
+
+
+def test_integer_inputs():
+    class Bytes(SmallNet):
+        def forward(self, x):
+            return super().forward(x.float() / 128 - 1)
+
+    model = small_net(Bytes)
+    converted = convsplit.convert(model, budget=Budget(params=0.3))
+    data = torch.randint(0, 256, (64, 3, 12, 12), dtype=torch.uint8)
+    before = drift(model, converted, data)
+    convsplit.refit(converted, model, data)
+    assert drift(model, converted, data) < before
+
+
+def test_dead_channels():
+    model = small_net()
+    model.blocks[0].conv1.weight.data[:4] = 0
+    model.blocks[0].bn1.weight.data[:6] = 0
+    converted = convsplit.convert(model, budget=Budget(params=0.4), calibration=images(64))
+    assert converted(images()).isfinite().all()
+
+
+def test_modes_and_the_original_stay_as_they_were():
+    model, converted = converted_net()
+    model.train(), converted.train()
+    before = copy.deepcopy(model.state_dict())
+    norms = copy.deepcopy(converted.blocks[0].bn1.state_dict())
+    state = torch.get_rng_state()
+    convsplit.refit(converted, model, images(32))
+    assert model.training and converted.training  # noqa: PT018
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(norms[key], value) for key, value in converted.blocks[0].bn1.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad for p in converted.parameters())
+
+
+def test_the_repaired_model_saves_and_merges(tmp_path):
+    model, converted = converted_net()
+    convsplit.refit(converted, model, images(64))
+    convsplit.save(converted, tmp_path / "model.safetensors")
+    loaded = convsplit.load(tmp_path / "model.safetensors", small_net(seed=5))
+    torch.testing.assert_close(loaded(images()), converted(images()))
+    torch.testing.assert_close(convsplit.merge(converted)(images()), converted(images()), rtol=1e-3, atol=1e-4)
+
+
+def test_nonsense_is_refused():
+    model, converted = converted_net()
+    with pytest.raises(ValueError, match="no batches"):
+        convsplit.refit(converted, model, [])
+    poisoned = [images(2), images(2) * float("nan")]
+    with pytest.raises(ValueError, match="batch 1 holds NaN"):
+        convsplit.refit(converted, model, poisoned)
+    with pytest.raises(ValueError, match="stages='most'; want one of 'all', 'last', 'bias'"):
+        convsplit.refit(converted, model, images(), stages="most")
+    with pytest.raises(ValueError, match="not its conversion"):
+        convsplit.refit(converted, nn.Sequential(nn.Conv2d(3, 3, 3)), images())
+    with pytest.raises(ValueError, match="got"):
+        convsplit.refit(converted, model, torch.zeros(2, 1, 12, 12))
