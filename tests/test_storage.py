@@ -22,7 +22,7 @@ from convsplit import SeparableConv2d, load, merge, save, save_folder, storage
 from convsplit.forms import FORMS
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-MIXED = {"forms": ("dw-pw", "pw-dw"), "budget": convsplit.Budget(params=0.5)}
+MIXED = {"forms": ("dw-pw", "pw-dw"), "budget": convsplit.Budget(error=0.4)}
 
 
 @pytest.fixture

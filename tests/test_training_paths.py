@@ -20,7 +20,7 @@ from convsplit import SeparableConv2d
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 WAYS = {
-    "uneven": {"forms": ("dw-pw", "pw-dw"), "budget": convsplit.Budget(params=0.5)},
+    "uneven": {"forms": ("dw-pw", "pw-dw"), "budget": convsplit.Budget(error=0.4)},
     "cp": {"forms": "pw-dw-pw", "rank": 4},
 }
 
