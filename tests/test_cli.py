@@ -76,6 +76,19 @@ def test_from_plan_to_merged_weights(folder: Path, capsys: pytest.CaptureFixture
         json.loads(capsys.readouterr().out)
 
 
+def test_refit_repairs_and_writes(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save(torch.randn(32, 3, 9, 9), "images.pt")
+    assert main(["convert", *NET, "--budget", "params=0.4", "--out", "a.safetensors"]) == 0
+    capsys.readouterr()
+    command = ["refit", "cli_model:net", "a.safetensors", "--input", "images.pt", "--out", "b.safetensors"]
+    assert main([*command, "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert all(layer["after"] <= layer["before"] for layer in layers)
+    assert convsplit.load("b.safetensors", net()) is not None
+    assert main(command) == 0
+    assert "squared error before" in capsys.readouterr().out
+
+
 def test_report_writes_every_format(folder: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("jinja2")
     files = ["--html", "r.html", "--markdown", "r.md", "--csv", "r.csv", "--out", "r.json"]

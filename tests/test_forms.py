@@ -130,7 +130,7 @@ def test_cp_curve_predicts_the_fit():
     W = kernel(O=24, I=16, terms=100, decay=0.95)
     ranks = [4, 6, 9, 14, 20, 30]
     for rank, predicted in zip(ranks, cp_curve(W, ranks), strict=True):
-        assert cp(W, rank).error == pytest.approx(predicted, rel=0.1)
+        assert cp(W, rank).error == pytest.approx(predicted, rel=0.2)
 
 
 @pytest.mark.parametrize("form", FORMS)

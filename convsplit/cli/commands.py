@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,11 +34,12 @@ from convsplit.frontier import BUDGETS
 from convsplit.frontier import frontier as compute_frontier
 from convsplit.layers import SeparableConv2d
 from convsplit.plan import Plan
+from convsplit.refit import refit as refit_layers
 from convsplit.report import compare
 from convsplit.rewrite import apply_plan
 from convsplit.rewrite import merge as merge_layers
 from convsplit.storage import load, save
-from convsplit.tables import count
+from convsplit.tables import Table, count, share
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth")
 
@@ -117,6 +119,28 @@ def _converted(args: Namespace, model: nn.Module, inputs: list[object]) -> nn.Mo
     if args.converted is not None:
         return load(args.converted, model)
     return apply_plan(model, plan_of(args, model, inputs), progress=progress_of(args))
+
+
+@command(
+    model_arguments, lambda parser: parser.add_argument("converted", metavar="CONVERTED", type=Path),
+    input_arguments, seed_argument, out_argument("the repaired model, .safetensors", required=True), output_arguments,
+)  # fmt: skip
+def refit(args: Namespace) -> None:
+    """Repair a converted model from unlabelled inputs, and write it to a file.
+
+    example: convsplit refit torchvision.models:resnet18 smaller.safetensors --input photos/ --out repaired.safetensors
+    """
+    _check_suffix(args.out, (".safetensors",))
+    inputs, model = required_inputs_of(args), model_of(args)
+    converted = load(args.converted, model)
+    repaired = refit_layers(converted, model, inputs, seed=args.seed, progress=progress_of(args))
+    save(converted, args.out)
+    if args.json:
+        print_json({"out": str(args.out), "layers": [asdict(layer) for layer in repaired]})
+    else:
+        rows = [[layer.name, share(layer.before), share(layer.after)] for layer in repaired]
+        print(Table(["layer", "squared error before", "after"], rows, frozenset({"layer"})).text(terminal_width()))
+        print(f"written to {args.out}")
 
 
 @command(
