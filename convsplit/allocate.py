@@ -89,13 +89,14 @@ def _solve(choices: list[list[Option]], cost: Cost, allowed: float) -> list[Opti
     choices = [[option for option in options if _error(option) <= bound] for options in choices]
     flat = [option for options in choices for option in options]
     layer = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
-    costs = np.array([cost(option) for option in flat])
+    largest = max(cost(option) for option in flat) or 1.0  # rows of order one, as the tolerances of the solver want
+    costs = np.array([cost(option) for option in flat]) / largest
     objective = (np.array([_error(option) for option in flat]) / unit) ** POWER
     one_each = csr_array((np.ones(len(flat)), (layer, np.arange(len(flat)))))
     # Without presolve, because HiGHS prints to stdout while it undoes it.
     solution = milp(
         objective,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None, :], -np.inf, allowed)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None, :], -np.inf, allowed / largest)],
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 1e-6, "time_limit": 30, "presolve": False},

@@ -11,6 +11,7 @@ from torch import nn
 from convsplit.allocate import allocate
 from convsplit.forms import FORMS
 from convsplit.kinds import Equivalent, equivalent
+from convsplit.layers import SeparableConv2d
 from convsplit.moments import Marginals, checked_batches, measure_marginals
 from convsplit.options import Menu, Option, find_options
 from convsplit.plan import Budget, Plan, PlannedLayer
@@ -162,6 +163,8 @@ def planned_layers(
 
 
 def _nothing_found(model: nn.Module) -> str:
+    if any(isinstance(module, SeparableConv2d) for module in model.modules()):
+        return f"all convolutions of {type(model).__name__} are split already: the result is a plain copy"
     others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)})
     text = f"no Conv2d found in {type(model).__name__}: the result is a plain copy"
     return f"{text} (there are {', '.join(others)}, which convsplit leaves alone)" if others else text
