@@ -90,8 +90,8 @@ def _empty(name: str) -> nn.Module:
 
 
 def precision(name: str) -> torch.dtype:
-    """RAFT casts to float32 in forward; everything else runs in float64."""
-    return torch.float32 if name.startswith("raft") else torch.float64
+    """RAFT and Swin V2 cast to float32 in forward; everything else runs in float64."""
+    return torch.float32 if name.startswith(("raft", "swin_v2")) else torch.float64
 
 
 def _kind(reason: str) -> str:
@@ -144,6 +144,8 @@ def _first_that_runs(model: nn.Module, name: str) -> tuple[Any, Any]:
 
 
 def _sizes(model: nn.Module, name: str) -> list[int]:
+    if "ssd300" in name:  # its backbone is compared on the image as it is
+        return [300]
     if not name.startswith("timm/"):
         return [128] if name.startswith("raft") else [64, 96, 224]
     channels_height_width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))

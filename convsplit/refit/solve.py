@@ -77,12 +77,13 @@ def best_bias(kernel: Tensor, moments: Moments) -> Tensor:
 def fit_factors(
     problem: Quadratic, form: Form, current: Factors, *, even: bool, seed: int = 0, last_stage_only: bool = False
 ) -> Factors:
-    """The factors of one group ([1, ...]) with the smallest E found, from those of the layer and from a fresh start."""
-    starts = [current]
-    if not last_stage_only:
-        starts.append(whitened_factors(problem, form, current.spatial.shape[1], even=even, seed=seed))
-    fits = [_fit_from(problem, start, last_stage_only) for start in starts]
-    return min(fits, key=lambda fit: problem.loss(_kernel_of(problem, fit)))
+    """The factors of one group ([1, ...]) fitted to its quadratic, from the layer's own or a fresh start if better."""
+    fit = _last_stage_fitted(problem, current)
+    if last_stage_only:
+        return fit
+    fresh = whitened_factors(problem, form, current.spatial.shape[1], even=even, seed=seed)
+    better = min(fit, _last_stage_fitted(problem, fresh), key=lambda each: problem.loss(_kernel_of(problem, each)))
+    return _last_stage_fitted(problem, alternate(problem, better))
 
 
 def whitened_factors(problem: Quadratic, form: Form, components: int, *, even: bool, seed: int) -> Factors:
@@ -97,9 +98,7 @@ def whitened_factors(problem: Quadratic, form: Form, components: int, *, even: b
     return replace(fit, spatial=fit.spatial @ positions.inverse, inputs=inputs)
 
 
-def _fit_from(problem: Quadratic, start: Factors, last_stage_only: bool) -> Factors:
-    if not last_stage_only:
-        start = alternate(problem, start)
+def _last_stage_fitted(problem: Quadratic, start: Factors) -> Factors:
     if start.outputs is not None:
         outputs = fit_outputs(problem, _filters(*_inputs_and_spatial(problem, start)))
         return replace(start, outputs=outputs.unsqueeze(0))
@@ -109,7 +108,7 @@ def _fit_from(problem: Quadratic, start: Factors, last_stage_only: bool) -> Fact
     return replace(start, spatial=spatial.unsqueeze(0))
 
 
-def alternate(problem: Quadratic, start: Factors, sweeps: int | None = None, tolerance: float = 1e-4) -> Factors:
+def alternate(problem: Quadratic, start: Factors, sweeps: int | None = None, tolerance: float = 2e-4) -> Factors:
     """Alternating least squares on E: outputs exactly, inputs and spatial by a few conjugate gradient steps.
 
     The systems of the latter two have I·R and K·R unknowns and are never formed: applying one is two products with S.
@@ -190,7 +189,8 @@ def _solve_spatial(problem: Quadratic, gram: Tensor, pulled: Tensor, B: Tensor, 
 
 def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
     """X -> left^-1 X right^-1: what solves the system where S is the Kronecker product of its marginals."""
-    return lambda X: _cholesky_solve(right, _cholesky_solve(left, X).mT).mT
+    left_factor, right_factor = _cholesky(left), _cholesky(right)
+    return lambda X: torch.cholesky_solve(torch.cholesky_solve(X, left_factor).mT, right_factor).mT
 
 
 def _conjugate_gradients(
@@ -214,15 +214,21 @@ def _conjugate_gradients(
 
 
 def _cholesky_solve(normal: Tensor, rhs: Tensor) -> Tensor:
-    """Solve a positive semi-definite system; the diagonal is raised until Cholesky succeeds."""
+    """Solve a positive semi-definite system."""
+    return torch.cholesky_solve(rhs, _cholesky(normal))
+
+
+def _cholesky(normal: Tensor) -> Tensor:
+    """The Cholesky factor of a positive semi-definite matrix, its diagonal raised until there is one."""
     diagonal = normal.diagonal()
     most = diagonal.max().clamp_min(torch.finfo(normal.dtype).tiny)
     eye = torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
+    factor: Tensor
     for exponent in range(-12, 1):
         factor, failed = torch.linalg.cholesky_ex(normal + 10.0**exponent * most * eye)
         if not failed:
             break
-    return torch.cholesky_solve(rhs, factor)
+    return factor
 
 
 def _times_metric(problem: Quadratic) -> Tensor:
