@@ -106,7 +106,7 @@ def save(converted: nn.Module, path: str | Path) -> None:
     tensors, shared = _tensors_to_store(converted)
     description = _describe(converted, shared)
     header = {KEY: json.dumps({"format": FORMAT, **asdict(description)}), "format": "pt"}
-    _write_whole(Path(path), lambda temporary: save_file(tensors, temporary, header))
+    write_whole(Path(path), lambda temporary: save_file(tensors, temporary, header))
 
 
 def save_folder(converted: nn.Module, folder: str | Path, *, config: Mapping[str, Any] | None = None) -> None:
@@ -141,7 +141,7 @@ def save_folder(converted: nn.Module, folder: str | Path, *, config: Mapping[str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save(converted, folder / WEIGHTS)
-    _write_whole(folder / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(folder / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def load(path: str | Path, model: M, *, strict: bool = True, device: torch.device | str | None = None) -> M:
@@ -268,7 +268,7 @@ def _versions() -> dict[str, str]:
     return {"convsplit": own, "torch": str(torch.__version__)}
 
 
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside the file and rename: readers see the old or the new file, never a part of one."""
     path = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from convsplit import storage
 
 
 @contextmanager
@@ -59,12 +60,4 @@ def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     """Let `save` write a new file beside `path` and put it in its place; interrupted, it leaves `path` as it was."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        temporary.touch()
-        rights = temporary.stat().st_mode
-        save(temporary)
-        temporary.chmod(rights)  # safetensors leaves a file that its owner alone may read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    storage.write_whole(path, save)
