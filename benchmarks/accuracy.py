@@ -4,7 +4,7 @@
 
 NETWORKS.py defines `resnet(depth)`, a trained network in eval mode, and `cifar10()`, which returns training images and
 labels, test images and labels. Prints a Markdown table: points of test accuracy lost against the dense network, top-1
-agreement with it and relative drift of the logits, on the test images.
+agreement with it and relative drift of the logits, on the test images. A seed chooses the calibration images.
 """
 
 import argparse
@@ -54,11 +54,33 @@ def last_stage_only(model: nn.Module, image: Tensor, data: list[Tensor], kept: f
     return converted
 
 
+def bias_corrected(model: nn.Module, image: Tensor, data: list[Tensor], kept: float, seed: int) -> nn.Module:
+    converted = allocated(model, image, data, kept, seed)
+    convsplit.refit(converted, model, data, stages="bias", dense=False, seed=seed)
+    return converted
+
+
+def recalibrated(model: nn.Module, image: Tensor, data: list[Tensor], kept: float, seed: int) -> nn.Module:
+    converted = allocated(model, image, data, kept, seed)
+    convsplit.recalibrate(converted, data)
+    return converted
+
+
+def layer_by_layer(model: nn.Module, image: Tensor, data: list[Tensor], kept: float, seed: int) -> nn.Module:
+    plan = convsplit.make_plan(model, image, budget=Budget(params=kept), calibration=data, seed=seed)
+    converted = convsplit.apply_plan(model, plan)
+    convsplit.refit(converted, model, data, target="layer", seed=seed)
+    return converted
+
+
 WAYS: dict[str, Way] = {
     "no data, equal fractions": equal_fractions,
     "no data": allocated,
-    "last stage refitted": last_stage_only,
+    "no data, batch norm recalibrated": recalibrated,
+    "no data, biases corrected": bias_corrected,
+    "no data, last stages refitted": last_stage_only,
     "equal fractions, refitted": equal_refitted,
+    "calibrated and refitted, target the layer": layer_by_layer,
     "calibrated and refitted": refitted,
 }
 
@@ -84,7 +106,8 @@ def main() -> None:
                 for images in arguments.images:
                     for seed in arguments.seeds:
                         start = time.perf_counter()
-                        data = list(train_x[:images].split(64))
+                        order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
+                        data = list(train_x[order[:images]].split(64))
                         converted = WAYS[way](model, test_x[:1], data, kept, seed)
                         seconds = time.perf_counter() - start
                         figures = measure(model, converted, test_x, test_y)

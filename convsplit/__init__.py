@@ -11,6 +11,7 @@ from convsplit.plan import Plan as Plan
 from convsplit.plan import PlannedLayer as PlannedLayer
 from convsplit.progress import ConversionWarning as ConversionWarning
 from convsplit.refit import Repaired as Repaired
+from convsplit.refit import recalibrate as recalibrate
 from convsplit.refit import refit as refit
 from convsplit.report import Frontier as Frontier
 from convsplit.report import Report as Report

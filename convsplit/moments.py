@@ -1,17 +1,13 @@
-"""Second moments of what reaches a convolution and of what it should answer: all that its repair needs to know.
+"""Second moments of what reaches convolutions: the metric in which an error of their weights becomes one of outputs.
 
-For patches x[P] (P = I·K, channel by channel) and targets y[O] at each position of each image,
-
-    patches  S[P, P] = mean (x - mean x)(x - mean x)'        cross  C[O, P] = mean (y - mean y)(x - mean x)'
-
-They are streamed: summed in float64 batch by batch, and positions are thinned out to a stated multiple of the
-unknowns, on a grid that shifts from batch to batch. Where several processes share the work, sums are all-reduced.
+Sums run over the positions of each image, batch by batch, in float64. Positions are thinned out to a stated multiple of
+the unknowns, on a grid that shifts from batch to batch. Where several processes share the work, sums are all-reduced.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,47 +15,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from convsplit.layers import SeparableConv2d
 from convsplit.trace import Batch, Forward, batches_in, quiet_run, run_or_explain, tensors_in
 
-POSITIONS_PER_UNKNOWN = 20
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Centred moments per group, in float64; `energy` [G, O] are the targets' variances, `count` the positions."""
-
-    patches: Tensor  # [G, P, P]
-    cross: Tensor  # [G, O, P]
-    patch_mean: Tensor  # [G, P]
-    target_mean: Tensor  # [G, O]
-    energy: Tensor  # [G, O]
-    count: int
-
-
-def measure_moments(layer: SeparableConv2d, pairs: Iterable[tuple[Tensor, Tensor]], batches: int) -> Moments:
-    """Moments of the patches that a layer sees in inputs [N, I, H, W], and of targets [N, O, H', W'].
-
-    `batches` says how many pairs to expect, so that positions can be thinned out from the first on.
-
-    Raises:
-        ValueError: no pairs, or a pair with NaN or infinite values (says which).
-    """
-    geometry, pad, groups = layer.depthwise, layer.stages.get("pad"), layer.groups
-    unknowns = layer.in_channels // groups * math.prod(layer.kernel_size)
-    sums: list[Tensor] | None = None
-    step = 1
-    for index, (inputs, targets) in enumerate(pairs):
-        if sums is None:
-            step = _thinning(targets[:, 0].numel() * batches, unknowns)
-        x, y = sampled(geometry, groups, inputs if pad is None else pad(inputs), targets, step, index)
-        if not (x.isfinite().all() and y.isfinite().all()):
-            raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
-        parts = _sums(x, y)
-        sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-    if sums is None:
-        raise ValueError("no calibration batch reached this layer")
-    return _centred([_all_reduced(part) for part in sums])
+POSITIONS_PER_UNKNOWN = 1000
+SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3
 
 
 def padded(geometry: nn.Conv2d, x: Tensor) -> Tensor:
@@ -68,24 +27,33 @@ def padded(geometry: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, geometry._reversed_padding_repeated_twice, mode=mode)
 
 
-def sampled(
-    geometry: nn.Conv2d, groups: int, inputs: Tensor, targets: Tensor, step: int, index: int
-) -> tuple[Tensor, Tensor]:
-    """Patches [G, P, n] and targets [G, O, n] at every `step`-th position of both axes; `index` shifts the grid."""
-    height, width = targets.shape[-2:]
-    top, left = min(index // step % step, height - 1), min(index % step, width - 1)
-    wide = torch.promote_types(inputs.dtype, torch.float32)
+def sampled_patches(
+    geometry: nn.Conv2d, groups: int, inputs: Tensor, output_hw: Sequence[int], step: int, index: int
+) -> Tensor:
+    """Patches [G, P, n] of inputs [N, I, H, W] at every `step`-th position of both axes; `index` shifts the grid."""
+    top, left = _corner(output_hw, step, index)
     stride_y, stride_x = geometry.stride
-    shifted = padded(geometry, inputs.to(wide))[:, :, top * stride_y :, left * stride_x :]
+    shifted = padded(geometry, inputs.to(_wide(inputs)))[:, :, top * stride_y :, left * stride_x :]
     stride = (step * stride_y, step * stride_x)
     patches = F.unfold(shifted, geometry.kernel_size, dilation=geometry.dilation, stride=stride)
-    kept = targets.to(wide)[:, :, top::step, left::step].flatten(2)
-    return _by_group(patches, groups), _by_group(kept, groups)
+    return patches.transpose(0, 1).reshape(groups, patches.shape[1] // groups, -1)
 
 
-def _by_group(values: Tensor, groups: int) -> Tensor:
-    """[N, C, L] as [G, C / G, N·L]."""
-    return values.transpose(0, 1).reshape(groups, values.shape[1] // groups, -1)
+def sampled_outputs(outputs: Tensor, step: int, index: int) -> Tensor:
+    """Outputs [N, O, H', W'] at the positions of `sampled_patches`, as [O, n]."""
+    top, left = _corner(outputs.shape[-2:], step, index)
+    kept = outputs.to(_wide(outputs))[:, :, top::step, left::step]
+    return kept.flatten(2).transpose(0, 1).flatten(1)
+
+
+def _corner(output_hw: Sequence[int], step: int, index: int) -> tuple[int, int]:
+    """Where the grid of positions begins."""
+    height, width = output_hw
+    return min(index // step % step, height - 1), min(index % step, width - 1)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -146,8 +114,8 @@ def measure_marginals(
             if x.dim() == 3:
                 x, y = x.unsqueeze(0), y.unsqueeze(0)
             per_group = conv.in_channels // conv.groups
-            step = _thinning(y[:, 0].numel() * len(batches), per_group)
-            patches, _ = sampled(conv, conv.groups, x, y, step, seen[name])
+            step = thinning(y[:, 0].numel() * len(batches), per_group * conv.groups)
+            patches = sampled_patches(conv, conv.groups, x, y.shape[-2:], step, seen[name])
             seen[name] += 1
             positions = math.prod(conv.kernel_size)
             channels = patches.reshape(conv.groups, per_group, positions, -1).double()  # [G, I, K, n]
@@ -168,7 +136,7 @@ def measure_marginals(
     finally:
         for handle in handles:
             handle.remove()
-    reached = {name: [_all_reduced(part) for part in sums[name]] for name in convs if name in sums}
+    reached = {name: [all_reduced(part) for part in sums[name]] for name in convs if name in sums}
     return {name: Marginals(*(part / part.diagonal(dim1=1, dim2=2).mean() for part in parts))
             for name, parts in reached.items()}  # fmt: skip
 
@@ -188,36 +156,15 @@ def checked_batches(batches: Any) -> list[Batch]:
     return data
 
 
-def _thinning(positions: int, unknowns: int) -> int:
-    """How far apart positions may lie so that enough of them remain."""
-    if _shared():
-        everywhere = torch.tensor(positions)
-        distributed.all_reduce(everywhere)
-        positions = int(everywhere)
-    return max(1, int(math.sqrt(positions / (POSITIONS_PER_UNKNOWN * unknowns))))
+def thinning(positions: int, unknowns: int) -> int:
+    """How far apart positions may lie, in both axes, so that enough of them remain."""
+    enough = POSITIONS_PER_UNKNOWN * unknowns
+    affordable = SAMPLE_BYTES / (4 * unknowns)
+    return max(1, round(math.sqrt(all_reduced(torch.tensor(positions)).item() / min(enough, affordable))))
 
 
-def _sums(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Uncentred sums over positions."""
-    count = torch.tensor(float(x.shape[2]), dtype=torch.float64, device=x.device)
-    products = [x @ x.mT, y @ x.mT, x.sum(2), y.sum(2), y.square().sum(2)]
-    return [product.double() for product in products] + [count]
-
-
-def _centred(sums: list[Tensor]) -> Moments:
-    xx, yx, x, y, yy, count = sums
-    patch_mean, target_mean = x / count, y / count
-    return Moments(
-        patches=xx / count - patch_mean.unsqueeze(2) * patch_mean.unsqueeze(1),
-        cross=yx / count - target_mean.unsqueeze(2) * patch_mean.unsqueeze(1),
-        patch_mean=patch_mean,
-        target_mean=target_mean,
-        energy=(yy / count - target_mean.square()).clamp_min(0),
-        count=int(count),
-    )
-
-
-def _all_reduced(part: Tensor) -> Tensor:
+def all_reduced(part: Tensor) -> Tensor:
+    """The sum over all processes, where several share the work."""
     if _shared():
         distributed.all_reduce(part)
     return part

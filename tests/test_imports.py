@@ -9,8 +9,8 @@ import pytest
 import convsplit
 
 ROOMS = [
-    "progress", "spec", "tables", "lowrank", "forms", "layers", "kinds", "trace", "sites", "moments", "options",
-    "latency", "plan", "allocate", "rewrite", "refit", "report", "plots", "storage", "finetune", "inference",
+    "progress", "spec", "tables", "lowrank", "forms", "layers", "kinds", "trace", "sites", "moments", "sensitivity",
+    "options", "latency", "plan", "allocate", "rewrite", "refit", "report", "plots", "storage", "finetune", "inference",
     "api", "passes", "frontier", "bench", "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent

@@ -11,8 +11,13 @@ from torch import nn
 import convsplit
 from convsplit import Budget, SeparableConv2d
 from convsplit.forms import FORMS, grouped
-from convsplit.moments import measure_moments, padded
+from convsplit.moments import padded
+from convsplit.refit.samples import Moments, take_samples
 from convsplit.refit.solve import quadratics
+from convsplit.refit.tail import find_tail
+from convsplit.refit.walk import Stop
+from convsplit.sensitivity import measure_sensitivity
+from convsplit.trace import SplitTracer
 
 
 def drift(model: nn.Module, converted: nn.Module, inputs: torch.Tensor) -> float:
@@ -30,9 +35,8 @@ def test_repair_lowers_the_drift_and_no_layer_gets_worse(form):
     before = drift(model, converted, images(64, seed=1))
     repaired = convsplit.refit(converted, model, list(images(128).split(32)))
     assert drift(model, converted, images(64, seed=1)) < 0.8 * before
-    assert [layer.name for layer in repaired] == [
-        name for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)
-    ]
+    split = {name for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
+    assert split <= {layer.name for layer in repaired}
     assert all(layer.after <= layer.before * (1 + 1e-6) for layer in repaired)
 
 
@@ -83,7 +87,8 @@ def test_patches_are_what_a_convolution_sees():
     conv = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, bias=False)
     layer = SeparableConv2d.from_conv(conv, form="dw-pw", rank=9)
     x = torch.randn(8, 4, 9, 9)
-    moments = measure_moments(layer, [(x, conv(x))], 1)
+    samples = take_samples(layer, Stop("", 1, lambda: iter([(x, conv(x), None)])), 1)
+    moments = Moments.of(samples, samples.targets())
     (best,) = {torch.cat([q.best for q in quadratics(grouped(conv.weight.detach() * 0, 2), moments, 1e-9)])}
     torch.testing.assert_close(best.float(), grouped(conv.weight.detach(), 2).flatten(0, 1), rtol=1e-3, atol=1e-4)
     assert padded(conv, x).shape == (8, 4, 11, 9)
@@ -93,14 +98,118 @@ def test_every_walk_gives_the_same(monkeypatch):
     model, converted = converted_net()
     inputs = list(images(64).split(16))
     twins = [copy.deepcopy(converted) for _ in range(3)]
-    convsplit.refit(twins[0], model, inputs)
+    convsplit.refit(twins[0], model, inputs, target="layer", dense=False)
     monkeypatch.setattr(sys.modules["convsplit.refit"], "MEMORY_LIMIT", 0)
-    convsplit.refit(twins[1], model, inputs)
+    convsplit.refit(twins[1], model, inputs, target="layer", dense=False)
     monkeypatch.setattr(sys.modules["convsplit.refit.walk"], "_lockstep", lambda *_: iter(()))
-    convsplit.refit(twins[2], model, inputs)
+    convsplit.refit(twins[2], model, inputs, target="layer", dense=False)
     for twin in twins[1:]:
         for one, other in zip(twins[0].parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+class Tails(nn.Module):
+    """A convolution before each kind of tail."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.plain, self.normed, self.branch, self.last = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.norm, self.other_norm = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.down = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = nn.functional.relu6(self.norm(self.normed(x)))
+        y = self.other_norm(self.branch(x))
+        y += self.down(x)
+        return self.last(nn.functional.silu(self.plain(torch.relu_(y))))
+
+
+def test_tails_are_found_for_what_they_are():
+    model = Tails().eval()
+    graph = torch.fx.GraphModule(model, SplitTracer().trace(model)).graph
+    tails = {node.target: find_tail(model, node) for node in graph.nodes if node.op == "call_module"}
+    found = {
+        name: (tail.scale is not None, str(tail.shortcut), tail.ceiling)
+        for name, tail in tails.items()
+        if isinstance(model.get_submodule(name), nn.Conv2d)
+    }
+    infinity = float("inf")
+    assert found == {
+        "stem": (False, "None", infinity),
+        "normed": (True, "None", 6.0),
+        "branch": (True, "down", infinity),
+        "down": (False, "other_norm", infinity),
+        "plain": (False, "None", None),
+        "last": (False, "None", None),
+    }
+    y = torch.randn(8, 50)
+    tail = tails["normed"]
+    torch.testing.assert_close(tail.question(tail.answer(y, None), None, otherwise=y), y)
+
+
+def test_what_follows_a_layer_makes_the_better_target():
+    torch.manual_seed(0)
+    model = Tails().eval()
+    for norm in (model.norm, model.other_norm):
+        norm.running_mean.normal_(), norm.weight.data.uniform_(0.5, 2), norm.bias.data.normal_()
+    converted = convsplit.convert(model, budget=Budget(params=0.4))
+    drifts = {}
+    for target in ("layer", "activation"):
+        twin = copy.deepcopy(converted)
+        repaired = convsplit.refit(twin, model, list(images(128).split(32)), target=target)
+        drifts[target] = drift(model, twin, images(64, seed=1))
+        assert {"down"} < {layer.name for layer in repaired}
+    assert drifts["activation"] < 0.95 * drifts["layer"] < drift(model, converted, images(64, seed=1))
+
+
+def test_dense_layers_make_good_what_was_lost_before_them():
+    model = small_net()
+    converted = convsplit.convert(model, budget=Budget(params=0.15), skip=["blocks.1.*", "down"])
+    drifts = []
+    for dense in (False, True):
+        twin = copy.deepcopy(converted)
+        convsplit.refit(twin, model, images(128), dense=dense)
+        drifts.append(drift(model, twin, images(128)))
+    assert drifts[1] < drifts[0]
+
+
+def test_recalibration_gives_the_statistics_of_the_data():
+    model = small_net()
+    twin, state = copy.deepcopy(model).train(), torch.get_rng_state()
+    data = list(images(128).split(32))
+    convsplit.recalibrate(twin, (batch for batch in data))
+    assert all(module.training for module in twin.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    norm, before = twin.blocks[0].bn1, model.blocks[0].bn1
+    assert norm.momentum == before.momentum
+    reaching = torch.cat([model.blocks[0].conv1(torch.relu(model.stem(batch))) for batch in data])
+    torch.testing.assert_close(norm.running_mean, reaching.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="no batches"):
+        convsplit.recalibrate(twin, [])
+
+
+def test_sensitivity_is_the_metric_of_the_outputs():
+    """On a linear network the moments of gradients are those of the matrix that follows."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1, bias=False)).double().eval()
+    follows = model[1].weight.detach().flatten(1)
+    wanted = follows.T @ follows
+    batches = [torch.randn(16, 3, 8, 8, dtype=torch.float64) for _ in range(16)]
+    found = measure_sensitivity(model, ["0"], batches)["0"]
+    torch.testing.assert_close(found, wanted / wanted.diagonal().mean(), rtol=0.1, atol=0.05)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_without_gradients_is_repaired_all_the_same():
+    class Labels(SmallNet):
+        def forward(self, x):
+            return super().forward(x).argmax(-1)
+
+    model = small_net(Labels)
+    assert measure_sensitivity(model, ["blocks.0.conv1"], [images(4)]) == {}
+    converted = convsplit.convert(model, budget=Budget(params=0.3))
+    assert all(layer.after <= layer.before for layer in convsplit.refit(converted, model, images(64)))
 
 
 def test_untraceable_models_shared_layers_and_other_inputs():
@@ -208,6 +317,8 @@ def test_nonsense_is_refused():
         convsplit.refit(converted, model, poisoned)
     with pytest.raises(ValueError, match="stages='most'; want one of 'all', 'last', 'bias'"):
         convsplit.refit(converted, model, images(), stages="most")
+    with pytest.raises(ValueError, match="target='output'; want one of 'activation', 'layer'"):
+        convsplit.refit(converted, model, images(), target="output")
     with pytest.raises(ValueError, match="not its conversion"):
         convsplit.refit(converted, nn.Sequential(nn.Conv2d(3, 3, 3)), images())
     with pytest.raises(ValueError, match="got"):

@@ -1,11 +1,15 @@
 """Repair without labels: factors fitted to data in closed form, layer by layer, on what the converted model feels.
 
-walk.py    the two models side by side, stopping at each split layer
-solve.py   least squares for the stages of a layer, from the moments of its inputs and targets
+tail.py      what follows a layer: batch norm, shortcut, ReLU
+walk.py      the two models side by side, stopping at each layer to be repaired
+samples.py   what the repair of a layer looks at, and its moments
+solve.py     least squares for the stages of a layer, from those moments
+recalibrate.py   batch-norm statistics, the cheap alternative
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +19,31 @@ from torch import Tensor, nn
 from convsplit.forms import Factors, form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers import SeparableConv2d
-from convsplit.moments import Moments, checked_batches, measure_moments
+from convsplit.moments import checked_batches
 from convsplit.progress import track
-from convsplit.refit.solve import best_bias, fit_factors, quadratics, relative_loss
+from convsplit.refit.recalibrate import recalibrate as recalibrate
+from convsplit.refit.samples import Moments, Samples, take_samples
+from convsplit.refit.solve import Quadratic, best_bias, fit_factors, improved, quadratics, with_last_stage
+from convsplit.refit.tail import Tail
 from convsplit.refit.walk import walk
+from convsplit.sensitivity import measure_sensitivity
 from convsplit.trace import Forward, quiet_run, run_or_explain
 
 MEMORY_LIMIT = 2 << 30  # bytes of features kept between layers before the walk falls back to recomputing them
 STAGES = ("all", "last", "bias")
+TARGETS = ("activation", "layer")
+ROUNDS = 4  # of moving the target behind a ReLU
+SWEEPS_PER_ROUND = 3
+FLOOR = 0.01  # of the mean sensitivity: what an error that no output seems to feel still costs
+MOST_UNKNOWNS = 5000  # inputs of a dense convolution, times kernel positions
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What the repair did to one layer: the relative squared error of its output on the data, before and after."""
+    """What the repair did to one layer: relative squared errors on the data, before and after.
+
+    They are those of what the model goes on with: the output behind batch norm, shortcut and ReLU.
+    """
 
     name: str
     before: float
@@ -42,6 +58,8 @@ def refit(
     *,
     forward: Forward | None = None,
     stages: str = "all",
+    target: str = "activation",
+    dense: bool = True,
     ridge: float = 1e-3,
     seed: int = 0,
     progress: bool | None = None,
@@ -49,29 +67,32 @@ def refit(
     """Fit the split layers of `converted`, in place, to what `original` makes of some unlabelled inputs.
 
     Layers are taken in the order of execution. Each one's factors and bias are fitted by least squares so that, on
-    the features that reach it in the already repaired converted model, it answers what the original layer answers in
-    the original model; this also repairs what layers before it did. No gradient step is taken and nothing else in
-    the model changes.
+    the features that reach it in the already repaired converted model, the model goes on as the original does; this
+    also repairs what layers before it did. No gradient step is taken; batch norm and everything else stay as they are.
 
     Args:
-        converted: from `convert` or `apply_plan`; changed in place. A layer without bias gets one.
+        converted: from `convert` or `apply_plan`; changed in place. A split layer without bias gets one.
         original: the model it was converted from; not changed.
         batches: some hundred unlabelled inputs: an iterable (read once) of tensors, tuples of positional arguments or
             dicts of keyword arguments, or one of those.
         forward: how to run a model on what `batches` yields, such as `lambda model, batch: model(batch[0])`.
         stages: "all" fits every stage, "last" only the last one and the bias, "bias" the bias alone.
+        target: "activation" fits what comes out behind the layer's batch norm, the sum with a shortcut and ReLU, in the
+            metric of the outputs' sensitivity to it; "layer" the layer's own output.
+        dense: also refit the convolutions left dense behind the first split one: they can make good what it lost.
         ridge: pull towards the original weights, relative to the mean variance of a layer's inputs.
-        seed: fixes the start of CP.
+        seed: fixes the start of CP and the directions in which sensitivity is measured.
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
-        for each repaired layer, the relative squared error of its output on the calibration data before and after.
+        for each repaired layer, the relative squared error of what the model goes on with, before and after.
 
     Raises:
-        ValueError: no batches, NaN or infinite values in a batch or inside the model, an unknown `stages`.
+        ValueError: no batches, NaN or infinite values in a batch or inside the model, an unknown `stages` or `target`.
 
-    Source: sequential least squares as in Zhang et al., "Accelerating very deep convolutional networks", 2016
-    (1505.06798, section 3.3); the metric of the inputs' second moments as in Denton et al., 2014 (1404.0736).
+    Source: sequential least squares and the treatment of ReLU as in Zhang et al., "Accelerating very deep convolutional
+    networks", 2016 (1505.06798, sections 3.2 and 3.3); the metric of the inputs' second moments as in Denton et al.,
+    2014 (1404.0736).
 
     >>> model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> smaller, images = convsplit.convert(model), torch.randn(64, 8, 9, 9)
@@ -81,47 +102,134 @@ def refit(
     """
     if stages not in STAGES:
         raise ValueError(f"stages={stages!r}; want one of {', '.join(map(repr, STAGES))}")
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}; want one of {', '.join(map(repr, TARGETS))}")
     data = checked_batches(batches)
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
     modules = dict(original.named_modules())
     for name in layers:
         if name not in modules:
             raise ValueError(f"converted has a split layer {name!r}, original has no such module: not its conversion")
+    others = _dense_layers(converted, modules) if dense else []
     repaired: list[Repaired] = []
     with quiet_run(converted, original):
         run_or_explain(original, data[0], forward)
-        stops = walk(original, converted, layers, data, forward, MEMORY_LIMIT)
+        metrics = {} if target == "layer" else measure_sensitivity(original, layers, data, forward, seed=seed)
+        stops = walk(original, converted, layers, others, data, forward, MEMORY_LIMIT, tails=target == "activation")
         for stop in track(stops, "Refitting", progress=progress):
-            layer = layers[stop.name]
-            moments = measure_moments(layer, stop.pairs(), stop.calls * len(data))
-            before = _loss(layer, moments)
-            _fit_layer(layer, _original_kernel(modules[stop.name]), moments, stages, ridge, seed)
-            repaired.append(Repaired(stop.name, before, _loss(layer, moments)))
+            layer = converted.get_submodule(stop.name)
+            assert isinstance(layer, SeparableConv2d | nn.Conv2d)
+            samples = take_samples(layer, stop, stop.calls * len(data))
+            fit = _Split(layer, stages, seed) if isinstance(layer, SeparableConv2d) else _Dense(layer)
+            metric = None if target == "layer" else _metric(layer, metrics.get(stop.name), samples.tail)
+            repaired.append(_repair(stop.name, fit, _kernel(modules[stop.name]), samples, metric, ridge))
     return tuple(repaired)
 
 
-def _fit_layer(
-    layer: SeparableConv2d, kernel: Tensor, moments: Moments, stages: str, ridge: float, seed: int
-) -> None:
-    """Fit the stages asked for and the bias; factors that came out worse on the data are not kept."""
-    if stages != "bias":
-        form, current = form_named(layer.form), layer.factors().to(torch.float64)
-        problems = quadratics(kernel, moments, ridge)
-        fits = [
-            fit_factors(problem, form, group, even=layer.even, seed=seed, last_stage_only=stages == "last")
-            for problem, group in zip(problems, current.by_group(), strict=True)
-        ]
-        layer.load_factors(Factors.joined(fits).balanced())
-    layer.add_bias().copy_(best_bias(grouped(layer.weight, layer.groups), moments))
+class _Split:
+    """A split layer while its factors are fitted."""
+
+    has_bias = True  # one is added where there is none
+
+    def __init__(self, layer: SeparableConv2d, stages: str, seed: int) -> None:
+        self.layer, self.stages, self.seed = layer, stages, seed
+        self.factors = layer.factors().to(torch.float64).by_group()
+        self.fresh = True
+
+    @property
+    def kernel(self) -> Tensor:
+        """[G, O, I, K]."""
+        spec, G = self.layer.spec, self.layer.spec.groups
+        return Factors.joined(self.factors).kernel(spec.out_channels // G, spec.in_channels // G)
+
+    def fit(self, problems: list[Quadratic]) -> None:
+        form = form_named(self.layer.form)
+        for group, (problem, factors) in enumerate(zip(problems, self.factors, strict=True)):
+            if self.stages == "all" and self.fresh:
+                fitted = fit_factors(problem, form, factors, even=self.layer.even, seed=self.seed)
+            elif self.stages == "all":
+                fitted = improved(problem, factors, SWEEPS_PER_ROUND)
+            elif self.stages == "last":
+                fitted = with_last_stage(problem, factors)
+            else:
+                fitted = factors
+            self.factors[group] = fitted
+        self.fresh = False
+
+    def store(self, bias: Tensor) -> None:
+        self.layer.load_factors(Factors.joined(self.factors).balanced())
+        self.layer.add_bias().copy_(bias)
 
 
-def _loss(layer: SeparableConv2d, moments: Moments) -> float:
-    bias = layer.bias if layer.bias is not None else torch.zeros_like(moments.target_mean).flatten()
-    return relative_loss(grouped(layer.weight, layer.groups), bias, moments)
+class _Dense:
+    """A convolution that was not split, while it makes good what came before it."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer, self.has_bias = layer, layer.bias is not None
+        self.kernel = _kernel(layer).double()
+
+    def fit(self, problems: list[Quadratic]) -> None:
+        self.kernel = torch.stack([problem.best for problem in problems])
+
+    def store(self, bias: Tensor) -> None:
+        self.layer.weight.copy_(self.kernel.reshape(self.layer.weight.shape))
+        if self.layer.bias is not None:
+            self.layer.bias.copy_(bias)
 
 
-def _original_kernel(module: nn.Module) -> Tensor:
-    """The kernel [G, O, I, K] that runs in the original module."""
+def _repair(
+    name: str, fit: _Split | _Dense, original: Tensor, samples: Samples, F: Tensor | None, ridge: float
+) -> Repaired:
+    """Fit a layer to its samples; what comes out worse on them is not kept."""
+    bias = fit.layer.bias
+    bias = torch.zeros(len(samples.batches[0].answers)) if bias is None else bias.double()
+    before = samples.error(fit.kernel, bias)
+    moments = Moments.of(samples, samples.targets())
+    rounds = ROUNDS if samples.tail.ceiling is not None else 0
+    for moved in range(rounds + 1):
+        if moved:
+            moments = moments.towards(samples, samples.nearest_targets(fit.kernel, bias))
+        centred = moments if fit.has_bias else moments.uncentred()
+        fit.fit(quadratics(original, centred, ridge, F))
+        bias = best_bias(fit.kernel, centred)
+    after = samples.error(fit.kernel, bias)
+    if after < before:
+        fit.store(bias)
+    return Repaired(name, before, min(before, after))
+
+
+def _metric(layer: nn.Module, F: Tensor | None, tail: Tail) -> Tensor | None:
+    """The metric of a layer's outputs; None for the plain one.
+
+    A form whose last stage is depthwise fits each output for itself, whatever the others weigh.
+    """
+    if not isinstance(layer, SeparableConv2d) or not form_named(layer.form).projects:
+        return None
+    scale = torch.ones(layer.out_channels) if tail.scale is None else tail.scale
+    floor = scale.double().square()
+    floor = torch.diag(floor / floor.mean().clamp_min(1e-30)).to(layer.weight.device)
+    return floor if F is None else F + FLOOR * floor
+
+
+def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> list[str]:
+    """Plain convolutions with a weight of their own and not too many unknowns for closed form.
+
+    Not linear layers: a classifier has as many equations as there are images, and on held-out ones it got worse.
+    """
+    owners = Counter(id(p) for m in converted.modules() for p in m._parameters.values() if p is not None)
+    return [
+        name
+        for name, module in converted.named_modules()
+        if type(module) is nn.Conv2d
+        and type(originals.get(name)) is type(module)
+        and type(module.weight) is nn.Parameter
+        and owners[id(module.weight)] == 1
+        and module.weight[0].numel() <= MOST_UNKNOWNS
+    ]
+
+
+def _kernel(module: nn.Module) -> Tensor:
+    """The kernel [G, O, I, K] that runs in a dense layer."""
     found = equivalent(module)
     assert isinstance(found, Equivalent)
     return grouped(found.conv.weight.detach(), found.conv.groups)

@@ -14,45 +14,60 @@ its live values fit the memory limit; replay takes over wherever it does not.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from convsplit.refit.tail import NO_TAIL, Tail, find_tail
 from convsplit.trace import Batch, Forward, SplitTracer, call, scratch_copy, tensors_in
 
-Pairs = Iterable[tuple[Tensor, Tensor]]  # inputs of a layer in the converted model, its outputs in the original
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+Value = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
 class Stop:
-    """One layer on the walk, called `calls` times per batch. `pairs` may be read again until the walk goes on."""
+    """One layer on the walk, called `calls` times per batch.
+
+    `values` may be read again until the walk goes on. Each is the layer's input in the converted model, its answer in
+    the original, and what the `tail` adds to that in the original and in the converted model (or None).
+    """
 
     name: str
     calls: int
-    pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    values: Callable[[], Iterator[Value]]
+    tail: Tail = NO_TAIL
 
 
 def walk(
     original: nn.Module,
     converted: nn.Module,
     names: Iterable[str],
+    others: Iterable[str],
     batches: Sequence[Batch],
     forward: Forward | None,
     memory_limit: int,
+    *,
+    tails: bool = True,
 ) -> Iterator[Stop]:
     """Stop at each of the named layers, in the order of execution; layers that the batches never reach are left out.
 
+    Stops at `others` too, as long as lockstep goes and once there is something to make good. Without `tails`, what
+    follows the layers is not looked at.
     Both models must be in eval mode, and stay so. The caller may change a layer of `converted` at its stop.
     """
-    counts = _count_calls(converted, set(names), batches[0], forward)
-    remaining = list(counts)
-    if all(count == 1 for count in counts.values()):
-        for stop in _lockstep(original, converted, counts, batches, forward, memory_limit):
-            remaining.remove(stop.name)
+    counts = _count_calls(converted, {*names, *others}, batches[0], forward)
+    remaining = [name for name in counts if name in set(names)]
+    if all(counts[name] == 1 for name in remaining):
+        once = {name for name, count in counts.items() if count == 1}
+        for stop in _lockstep(original, converted, remaining, once, batches, forward, memory_limit, tails):
+            if stop.name in remaining:
+                remaining.remove(stop.name)
             yield stop
     for name in remaining:
         yield Stop(name, counts[name], _replayed(original, converted, name, counts[name], batches, forward))
@@ -91,14 +106,15 @@ def _replayed(
     count: int,
     batches: Sequence[Batch],
     forward: Forward | None,
-) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+) -> Callable[[], Iterator[Value]]:
+    def values() -> Iterator[Value]:
         for batch in batches:
             inputs = _run_until(converted, name, count, batch, forward, lambda args, output: args[0].clone())
             outputs = _run_until(original, name, count, batch, forward, lambda args, output: output.clone())
-            yield from zip(inputs, outputs, strict=False)
+            for given, answer in zip(inputs, outputs, strict=False):
+                yield given, answer, None
 
-    return pairs
+    return values
 
 
 def _run_until(
@@ -130,61 +146,137 @@ def _run_until(
 def _lockstep(
     original: nn.Module,
     converted: nn.Module,
-    names: Iterable[str],
+    split: Iterable[str],
+    once: set[str],
     batches: Sequence[Batch],
     forward: Forward | None,
     memory_limit: int,
+    tails: bool,
 ) -> Iterator[Stop]:
     """Advance both graphs together and stop at each of the layers; ends early where the memory limit is passed."""
     try:
         graphs = [SplitTracer().trace(scratch_copy(model)) for model in (original, converted)]
         arguments = [_arguments(original, batch, forward) for batch in batches]
-        steps = [_Steps(model, graph, arguments) for model, graph in zip((original, converted), graphs, strict=True)]
-        same = _computes_the_same(steps[0], original, batches[0], forward)
+        before, after = (
+            _Steps(model, graph, arguments) for model, graph in zip((original, converted), graphs, strict=True)
+        )
+        same = _computes_the_same(before, original, batches[0], forward)
     except Exception:  # tracing runs the model's own code on symbols; whatever fails, replay does not need it
         return
-    if not same or [str(n.target) for n in graphs[0].nodes] != [str(n.target) for n in graphs[1].nodes]:
+    if not same or [str(n.target) for n in before.nodes] != [str(n.target) for n in after.nodes]:
         return
-    waiting = set(names)
-    for before, after in zip(graphs[0].nodes, graphs[1].nodes, strict=True):
-        name = str(after.target)
-        if before.op == "call_module" and name in waiting:
-            steps[0].advance(before)
-            inputs, outputs = steps[1].values(after.args[0]), steps[0].values(before)
-            yield Stop(name, 1, partial(zip, inputs, outputs, strict=True))
-            waiting.remove(name)
-            steps[1].advance(after)
-        else:
-            steps[0].advance(before)
-            steps[1].advance(after)
-        if not waiting or steps[0].live_bytes() + steps[1].live_bytes() > memory_limit:
+    walker = _Walker(before, after, set(split), once - set(split), tails)
+    for index in range(len(before.nodes)):
+        yield from walker.visit(index)
+        if walker.finished or before.live_bytes() + after.live_bytes() > memory_limit:
             return
+
+
+@dataclass
+class _Walker:
+    """Two graphs of the same nodes, the split layers ahead (`waiting`) and the others that may be stopped at."""
+
+    before: _Steps
+    after: _Steps
+    waiting: set[str]
+    others: set[str]
+    tails: bool
+    drifted: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return not (self.waiting or self.others)
+
+    def visit(self, index: int) -> Iterator[Stop]:
+        """Compute a node in both graphs, unless that was done; stop before it if it is a layer to be repaired."""
+        own, other = self.before.nodes[index], self.after.nodes[index]
+        name = str(other.target)
+        if own in self.before.done:
+            return
+        self.drifted = self.drifted or name in self.waiting
+        if own.op == "call_module" and (name in self.waiting or (name in self.others and self.drifted)):
+            self.before.advance(own)
+            tail = find_tail(self.before.model, own) if self.tails else NO_TAIL
+            shortcut = None if tail.shortcut is None else self._index(tail.shortcut)
+            early = [] if shortcut is None else self._before_the_shortcut(shortcut, other)
+            if early is None:
+                tail = replace(tail, shortcut=None, ceiling=None)
+            else:
+                for each in early:
+                    yield from self.visit(each)
+            yield Stop(name, 1, self._values(own, other, tail), tail)
+        self.waiting.discard(name)
+        self.others.discard(name)
+        self.before.advance(own)
+        self.after.advance(other)
+
+    def _index(self, node: fx.Node) -> int:
+        return self.before.nodes.index(node)
+
+    def _before_the_shortcut(self, shortcut: int, layer: fx.Node) -> list[int] | None:
+        """The nodes to compute before what is added to a layer is known; None if that needs layers not yet repaired."""
+        missing = self.after.missing(self.after.nodes[shortcut])
+        if missing is None or layer in missing or any(str(each.target) in self.waiting for each in missing):
+            return None
+        return [index for index, each in enumerate(self.after.nodes) if each in missing]
+
+    def _values(self, own: fx.Node, other: fx.Node, tail: Tail) -> Callable[[], Iterator[Value]]:
+        inputs, answers = self.after.values(other.args[0]), self.before.values(own)
+        shortcuts: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(inputs)
+        if tail.shortcut is not None:
+            same = self.after.nodes[self._index(tail.shortcut)]
+            shortcuts = list(zip(self.before.values(tail.shortcut), self.after.values(same), strict=True))
+        return partial(zip, inputs, answers, shortcuts, strict=True)
 
 
 class _Steps:
     """One graph, executed node by node on several batches at once; values are dropped after their last use."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, arguments: list[dict[str, Any]]) -> None:
-        self.interpreter = fx.Interpreter(fx.GraphModule(model, graph), garbage_collect_values=True)
-        self.nodes = {node.name: node for node in self.interpreter.graph.nodes}
+        self.model = fx.GraphModule(model, graph)
+        self.interpreter = fx.Interpreter(self.model, garbage_collect_values=False)
+        self.nodes = list(self.model.graph.nodes)
         self.environments: list[dict[fx.Node, Any]] = [{} for _ in arguments]
         self.arguments = arguments
+        self.done: set[fx.Node] = set()
 
     def advance(self, node: fx.Node) -> None:
-        """Compute one node for every batch."""
-        own = self.nodes[node.name]
+        """Compute one node for every batch, unless that was done."""
+        if node in self.done:
+            return
         for environment, arguments in zip(self.environments, self.arguments, strict=True):
-            if own.op == "placeholder":
-                environment[own] = arguments[str(own.target)]
+            if node.op == "placeholder":
+                environment[node] = arguments[str(node.target)]
                 continue
             self.interpreter.env = environment
-            environment[own] = self.interpreter.run_node(own)
-            for dead in self.interpreter.user_to_last_uses.get(own, []):
-                del environment[dead]
+            environment[node] = self.interpreter.run_node(node)
+        self.done.add(node)
+        for used in [*node.all_input_nodes, node]:
+            if all(user in self.done for user in used.users):
+                for environment in self.environments:
+                    environment.pop(used, None)
+
+    def missing(self, node: fx.Node) -> set[fx.Node] | None:
+        """The nodes still to be computed for a value; None where computing them now, out of order, would change it.
+
+        That is so where a node that comes before them works in place on a value that they read.
+        """
+        needed: set[fx.Node] = set()
+        front = [node]
+        while front:
+            each = front.pop()
+            if each not in self.done and each not in needed:
+                needed.add(each)
+                front.extend(each.all_input_nodes)
+        read = {value for each in needed for value in each.all_input_nodes}
+        last = max((index for index, each in enumerate(self.nodes) if each in needed), default=0)
+        skipped = (each for each in self.nodes[:last] if each not in self.done and each not in needed)
+        harmful = any(_in_place(self.model, each) and read & set(each.all_input_nodes) for each in skipped)
+        return None if harmful else needed
 
     def values(self, node: Any) -> list[Tensor]:
         """What a node has become, batch by batch."""
-        return [environment[self.nodes[node.name]] for environment in self.environments]
+        return [environment[node] for environment in self.environments]
 
     def live_bytes(self) -> int:
         """Memory held by values that are still needed."""
@@ -192,6 +284,13 @@ class _Steps:
             t for environment in self.environments for value in environment.values() for t in tensors_in(value)
         )
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _in_place(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or node.target in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace", False))
 
 
 def _arguments(model: nn.Module, batch: Batch, forward: Forward | None) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""How much the output of a model depends on what its layers answer: second moments of gradients, no labels.
+
+For random directions v of the output, with g the gradient of <v, model(x)> by a layer's answer y[O] at a position,
+
+    F [O, O] = mean g g',    so that an error e of the answer moves the output by about sqrt(e' F e).
+
+F is the metric of the Gauss-Newton matrix of the outputs (Martens, "New insights and perspectives on the natural
+gradient method", 2020, 1412.1193, section 8), with one block per layer and positions taken together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsplit.moments import all_reduced
+from convsplit.trace import Batch, Forward, call, scratch_copy, tensors_in
+
+BATCHES = 16  # more of them hardly change the moments
+DRAWS = 2  # directions per batch
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Sequence[Batch],
+    forward: Forward | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """F [O, O] in float64, of mean eigenvalue 1, of each named layer; layers that no gradient reaches are left out.
+
+    `model` is left as it is. A model whose output cannot be differentiated gives an empty dict.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten())
+    >>> measure_sensitivity(model, ["0"], [torch.zeros(1, 3, 8, 8)])["0"].shape
+    torch.Size([2, 2])
+    """
+    copied = scratch_copy(model)
+    # Gradients to the layers' answers alone are asked for, so those to the weights are never computed; the weights only
+    # have to make the answers part of the graph. Detached, so that the user's own flags and graphs are left alone.
+    for module in copied.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                wanted = parameter.is_floating_point()
+                module._parameters[key] = nn.Parameter(parameter.detach(), requires_grad=wanted)
+    wanted_names = set(names)
+    taps: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_hook(_tap(name, taps))
+        for name, module in copied.named_modules()
+        if name in wanted_names
+    ]
+    sums: dict[str, Tensor] = {}
+    try:
+        with torch.enable_grad():
+            for batch in batches[:BATCHES]:
+                taps.clear()
+                _add(sums, taps, (forward or call)(copied, batch), seed)
+    except (RuntimeError, NotImplementedError):  # something on the way has no derivative
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    moments = {name: all_reduced(sums[name]) for name in sorted(sums)}
+    return {name: F / F.diagonal().mean() for name, F in moments.items() if F.diagonal().mean() > 0}
+
+
+def _tap(name: str, taps: list[tuple[str, Tensor]]) -> Callable[..., Any]:
+    """A hook that keeps a layer's answer and hands on a copy, which later layers may change in place."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        taps.append((name, output))
+        return output.clone()
+
+    return hook
+
+
+def _add(sums: dict[str, Tensor], taps: list[tuple[str, Tensor]], output: Any, seed: int) -> None:
+    outputs = [value for value in tensors_in(output) if value.requires_grad]
+    if not outputs or not taps:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for draw in range(DRAWS):
+        directions = [torch.randn(value.shape, generator=generator).to(value) for value in outputs]
+        gradients = torch.autograd.grad(
+            outputs, [tap for _, tap in taps], directions, retain_graph=draw + 1 < DRAWS, allow_unused=True
+        )
+        for (name, _), gradient in zip(taps, gradients, strict=True):
+            if gradient is not None:
+                # [N, O, ...] for a convolution; a linear layer has its channels last.
+                channels = 1 if gradient.dim() == 4 else gradient.dim() - 1 if gradient.dim() != 3 else 0
+                g = gradient.movedim(channels, 0).flatten(1).float()
+                moment = (g @ g.mT).double()
+                sums[name] = sums[name] + moment if name in sums else moment
