@@ -2,6 +2,13 @@
 
 from convsplit.api import convert as convert
 from convsplit.api import make_plan as make_plan
+from convsplit.finetune import Distillation as Distillation
+from convsplit.finetune import Reconstructed as Reconstructed
+from convsplit.finetune import check_optimizer as check_optimizer
+from convsplit.finetune import distill as distill
+from convsplit.finetune import kernel_penalty as kernel_penalty
+from convsplit.finetune import parameter_groups as parameter_groups
+from convsplit.finetune import reconstruct as reconstruct
 from convsplit.frontier import frontier as frontier
 from convsplit.kinds import Equivalent as Equivalent
 from convsplit.kinds import register as register

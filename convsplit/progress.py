@@ -16,11 +16,14 @@ class ConversionWarning(UserWarning):
     """The conversion did less than was probably meant."""
 
 
-def track(items: Iterable[T], description: str, *, progress: bool | None = None) -> Iterator[T]:
+def track(
+    items: Iterable[T], description: str, *, total: int | None = None, progress: bool | None = None
+) -> Iterator[T]:
     """Iterate and show how far along it is, on stderr; `progress=None` shows it only on a terminal."""
     shown = sys.stderr.isatty() if progress is None else progress
     if not shown:
         yield from items
         return
-    total = len(items) if isinstance(items, Sized) else None
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     yield from rich_track(items, description, total=total, console=Console(stderr=True), transient=True)

@@ -70,7 +70,7 @@ def walk(
                 remaining.remove(stop.name)
             yield stop
     for name in remaining:
-        yield Stop(name, counts[name], _replayed(original, converted, name, counts[name], batches, forward))
+        yield Stop(name, counts[name], replayed(original, converted, name, counts[name], batches, forward))
 
 
 def _count_calls(model: nn.Module, names: set[str], batch: Batch, forward: Forward | None) -> dict[str, int]:
@@ -99,7 +99,7 @@ class _Reached(Exception):  # noqa: N818 - not an error: ends a forward pass tha
         self.value = value
 
 
-def _replayed(
+def replayed(
     original: nn.Module,
     converted: nn.Module,
     name: str,
@@ -154,17 +154,10 @@ def _lockstep(
     tails: bool,
 ) -> Iterator[Stop]:
     """Advance both graphs together and stop at each of the layers; ends early where the memory limit is passed."""
-    try:
-        graphs = [SplitTracer().trace(scratch_copy(model)) for model in (original, converted)]
-        arguments = [_arguments(original, batch, forward) for batch in batches]
-        before, after = (
-            _Steps(model, graph, arguments) for model, graph in zip((original, converted), graphs, strict=True)
-        )
-        same = _computes_the_same(before, original, batches[0], forward)
-    except Exception:  # tracing runs the model's own code on symbols; whatever fails, replay does not need it
+    started = start_lockstep(original, converted, batches, forward)
+    if started is None:
         return
-    if not same or [str(n.target) for n in before.nodes] != [str(n.target) for n in after.nodes]:
-        return
+    before, after = started
     walker = _Walker(before, after, set(split), once - set(split), tails)
     for index in range(len(before.nodes)):
         yield from walker.visit(index)
@@ -172,12 +165,28 @@ def _lockstep(
             return
 
 
+def start_lockstep(
+    original: nn.Module, converted: nn.Module, batches: Sequence[Batch], forward: Forward | None
+) -> tuple[Steps, Steps] | None:
+    """Both models as graphs of the same nodes, ready to be advanced; None where graphs do not tell what they do."""
+    try:
+        graphs = [SplitTracer().trace(scratch_copy(model)) for model in (original, converted)]
+        arguments = [_arguments(original, batch, forward) for batch in batches]
+        before, after = Steps(original, graphs[0], arguments), Steps(converted, graphs[1], arguments)
+        same = _computes_the_same(before, original, batches[0], forward)
+    except Exception:  # tracing runs the model's own code on symbols; whatever fails, replay does not need it
+        return None
+    if not same or [str(n.target) for n in before.nodes] != [str(n.target) for n in after.nodes]:
+        return None
+    return before, after
+
+
 @dataclass
 class _Walker:
     """Two graphs of the same nodes, the split layers ahead (`waiting`) and the others that may be stopped at."""
 
-    before: _Steps
-    after: _Steps
+    before: Steps
+    after: Steps
     waiting: set[str]
     others: set[str]
     tails: bool
@@ -229,7 +238,7 @@ class _Walker:
         return partial(zip, inputs, answers, shortcuts, strict=True)
 
 
-class _Steps:
+class Steps:
     """One graph, executed node by node on several batches at once; values are dropped after their last use."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, arguments: list[dict[str, Any]]) -> None:
@@ -310,7 +319,7 @@ def _arguments(model: nn.Module, batch: Batch, forward: Forward | None) -> dict[
     raise ValueError("forward= never calls the model it is given")
 
 
-def _computes_the_same(steps: _Steps, model: nn.Module, batch: Batch, forward: Forward | None) -> bool:
+def _computes_the_same(steps: Steps, model: nn.Module, batch: Batch, forward: Forward | None) -> bool:
     """Whether the graph gives what the model gives: a traced branch may not be the one the model takes."""
     arguments = _arguments(model, batch, forward)
     wanted = list(tensors_in(model(**arguments)))

@@ -1,0 +1,165 @@
+"""Blocks: the parts of a model that are reconstructed one after the other.
+
+A block is a span of the traced graph between two points where a single tensor passes, such as a residual block or a
+convolution with its batch norm and ReLU. Where long skip connections leave no such points (U-Net, DenseNet), or the
+model does not trace, it is the smallest module around a split layer that takes one tensor and returns one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from convsplit.layers import SeparableConv2d
+from convsplit.refit.walk import Steps, replayed, start_lockstep
+from convsplit.trace import Batch, Forward, observe_calls, scratch_copy
+
+MOST_LAYERS = 8  # split layers in a span; more of them are no block any longer
+_GOES_ON = ("batchnorm", "activation", "dropout", "normalization", "instancenorm")  # modules of torch.nn
+_GOES_ON_FUNCTIONS = (
+    F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.dropout,
+    F.batch_norm, torch.sigmoid, "relu", "relu_", "sigmoid", "contiguous",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the converted model at the moment its turn has come.
+
+    `run` computes it, differentiably; `layers` are the split layers in it; `inputs` come from the converted model as it
+    is now, `targets` from the original.
+    """
+
+    name: str
+    layers: tuple[SeparableConv2d, ...]
+    run: Callable[[Tensor], Any]
+    inputs: list[Tensor]
+    targets: list[Tensor]
+
+
+def walk_blocks(
+    original: nn.Module, converted: nn.Module, batches: Sequence[Batch], forward: Forward | None
+) -> tuple[int, Iterator[Block]]:
+    """How many blocks there are, and each in the order of execution; the caller may change its split layers."""
+    split = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
+    started = start_lockstep(original, converted, batches, forward)
+    if started is not None:
+        spans = find_spans(started[1].nodes, started[1].model, set(split))
+        if spans and max(len(_layers_in(started[1].nodes[a + 1 : b + 1], split)) for a, b in spans) <= MOST_LAYERS:
+            return len(spans), _by_spans(*started, spans, split)
+    names = find_modules(converted, set(split), batches[0], forward)
+    return len(names), _by_modules(original, converted, names, batches, forward)
+
+
+def find_spans(nodes: Sequence[fx.Node], model: nn.Module, split: set[str]) -> list[tuple[int, int]]:
+    """Spans (start, end) of node indices: the block computes the value of `end` from that of `start` alone."""
+    position = {node: index for index, node in enumerate(nodes)}
+    # Weights read by the graph are not values that pass.
+    last_use = [
+        max((position[user] for user in node.users), default=-1) if node.op != "get_attr" else -1 for node in nodes
+    ]
+    cuts, reach = [], -1
+    for index, node in enumerate(nodes):
+        if node.op == "output":
+            break
+        if reach <= index and last_use[index] > index and node.op != "get_attr" and _ends(nodes, index, model):
+            cuts.append(index)
+        reach = max(reach, last_use[index])
+    spans, start = [], None
+    for end in cuts:
+        if start is not None and _layers_in(nodes[start + 1 : end + 1], dict.fromkeys(split)):
+            spans.append((start, end))
+        start = end
+    return spans
+
+
+def _ends(nodes: Sequence[fx.Node], index: int, model: nn.Module) -> bool:
+    """Whether a block may end here: not before the norm or the activation that belongs to it."""
+    following = next((node for node in nodes[index + 1 :] if node.op != "get_attr"), None)
+    if following is None or following.op == "output":
+        return True
+    if following.op == "call_module":
+        home = type(model.get_submodule(str(following.target))).__module__
+        return not (home.startswith("torch.nn.") and home.endswith(_GOES_ON))
+    return following.target not in _GOES_ON_FUNCTIONS
+
+
+def _layers_in(nodes: Sequence[fx.Node], split: dict[str, Any]) -> list[str]:
+    return [str(node.target) for node in nodes if node.op == "call_module" and str(node.target) in split]
+
+
+def _by_spans(
+    before: Steps, after: Steps, spans: list[tuple[int, int]], split: dict[str, SeparableConv2d]
+) -> Iterator[Block]:
+    done = 0
+    for start, end in spans:
+        _advance(after, done, start)
+        _advance(before, done, end)
+        own = after.nodes[start + 1 : end + 1]
+        names = _layers_in(own, split)
+        inputs = [value.clone() for value in after.values(after.nodes[start])]  # blocks may work on them in place
+        targets = [value.clone() for value in before.values(before.nodes[end])]
+        yield Block(names[0], tuple(split[n] for n in names), _Span(after.model, start, end), inputs, targets)
+        _advance(after, start, end)
+        done = end
+
+
+def _advance(steps: Steps, start: int, end: int) -> None:
+    for node in steps.nodes[start : end + 1]:
+        steps.advance(node)
+
+
+class _Span:
+    """A span of a graph as a function of the tensor that enters it."""
+
+    def __init__(self, model: fx.GraphModule, start: int, end: int) -> None:
+        self.interpreter = fx.Interpreter(model, garbage_collect_values=False)
+        nodes = list(model.graph.nodes)
+        self.start, self.own = nodes[start], nodes[start + 1 : end + 1]
+        weights = {used for node in self.own for used in node.all_input_nodes if used.op == "get_attr"}
+        self.weights = [node for node in nodes[:start] if node in weights]
+
+    def __call__(self, x: Tensor) -> Any:
+        self.interpreter.env = {self.start: x.clone()}
+        for node in (*self.weights, *self.own):
+            self.interpreter.env[node] = self.interpreter.run_node(node)
+        answer = self.interpreter.env[self.own[-1]]
+        self.interpreter.env = {}
+        return answer
+
+
+def find_modules(converted: nn.Module, split: set[str], batch: Batch, forward: Forward | None) -> list[str]:
+    """The smallest modules around split layers that map a tensor to one, or the layers, in the order of first calls."""
+    calls, _ = observe_calls(scratch_copy(converted), batch, forward)
+    around = dict.fromkeys(_around(name, calls) for name in calls if name in split)
+    return [name for name in around if not any(name != other and name.startswith(f"{other}.") for other in around)]
+
+
+def _around(name: str, calls: dict[str, Any]) -> str:
+    """The parent of a split layer, if it is called, once and with one tensor; not the whole model."""
+    parent = name.rpartition(".")[0]
+    return parent if parent and len(calls.get(parent, ())) == 1 else name
+
+
+def _by_modules(
+    original: nn.Module, converted: nn.Module, names: list[str], batches: Sequence[Batch], forward: Forward | None
+) -> Iterator[Block]:
+    for name in names:
+        module = converted.get_submodule(name)
+        layers = tuple(m for m in module.modules() if isinstance(m, SeparableConv2d))
+        calls = 1  # the first call of a layer that is called more often stands for all
+        pairs = list(replayed(original, converted, name, calls, batches, forward)())
+        yield Block(name, layers, _Module(module), [x for x, _, _ in pairs], [y for _, y, _ in pairs])
+
+
+class _Module:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.module(x.clone())

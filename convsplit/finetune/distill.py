@@ -1,0 +1,431 @@
+"""Distillation: the converted model trained end to end with the original as its teacher, without labels."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from convsplit.finetune.blocks import find_modules
+from convsplit.finetune.groups import parameter_groups
+from convsplit.finetune.reconstruct import schedule
+from convsplit.layers import SeparableConv2d
+from convsplit.moments import all_reduced
+from convsplit.storage import write_whole
+from convsplit.trace import Batch, Forward, batches_in, call, run_or_explain, same_globals, tensors_in
+
+BATCH = 64  # rows of a batch where all inputs came as one tensor
+CHECKS = 20  # of the held-out drift in the course of the training
+CLIP = 1.0  # norm of all gradients together
+
+
+@dataclass(frozen=True)
+class Check:
+    """A look at the held-out inputs: after `step` steps and `seconds`, the outputs' loss there and their drift."""
+
+    step: int
+    seconds: float
+    loss: float
+    drift: float
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The course of a distillation. The converted model holds the weights of the best check."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def before(self) -> Check:
+        """The held-out inputs before the first step."""
+        return self.checks[0]
+
+    @property
+    def best(self) -> Check:
+        """The same with the weights that were kept: those of the smallest loss."""
+        return min(self.checks, key=lambda check: check.loss)
+
+
+def distill(
+    converted: nn.Module,
+    teacher: nn.Module,
+    batches: Any,
+    *,
+    forward: Forward | None = None,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
+    epochs: int = 10,
+    seconds: float | None = None,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-4,
+    temperature: float = 2.0,
+    features: float = 1.0,
+    train: str = "all",
+    freeze_norms: bool = True,
+    augment: Callable[[Any], Any] | None = None,
+    held_out: Any = 0.1,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Distillation:
+    """Train `converted`, in place, to answer what `teacher` answers: no labels needed.
+
+    The loss is the distance of the outputs (for logits [N, classes] the Kullback-Leibler divergence at a temperature,
+    for everything else the relative squared error) plus `features` times that of the outputs of the modules around
+    split layers. Adam with a warm-up and a cosine schedule; the weights with the smallest loss on held-out inputs are
+    kept, also when the training is interrupted.
+
+    Args:
+        converted: from `convert`, best repaired by `refit` before; changed in place.
+        teacher: the model it was converted from; not changed.
+        batches: unlabelled inputs: a tensor, or an iterable of what `convert` takes as `calibration`. A `DataLoader`
+            is read anew in every epoch; a generator is read once and kept.
+        forward: how to run a model on what `batches` yields, such as `lambda model, batch: model(batch[0])`.
+        criterion: `(output, batch) -> loss`, added to the loss: with labels, for instance
+            `lambda output, batch: F.cross_entropy(output, batch[1])`.
+        epochs: passes over the inputs.
+        seconds: ends sooner, the schedule with it; results then depend on the machine's speed.
+        lr: the largest learning rate.
+        weight_decay: of weights that are not factors, see `parameter_groups`.
+        temperature: of the softmax, for logits.
+        features: weight of the features' relative squared error; 0 turns it off.
+        train: "all" parameters that require gradients, or those of "split" layers only.
+        freeze_norms: batch norm runs on its running statistics and keeps them.
+        augment: applied to every batch before both models see it, such as a random flip.
+        held_out: a share of the inputs, or batches of their own.
+        patience: stop after that many of the 20 checks without a new best.
+        checkpoint: a file written at every check, from which the same call resumes. It is read with `weights_only`.
+        seed: fixes the order of inputs.
+        progress: show a progress bar; by default only on a terminal.
+
+    Under `torch.distributed`, each process gives its own share of inputs; gradients are averaged.
+
+    Raises:
+        ValueError: no inputs, an unknown `train`, models that do not run on the inputs, a loss that is not finite.
+
+    Source: Hinton et al., "Distilling the knowledge in a neural network", 2015 (1503.02531); features as in Romero et
+    al., "FitNets", 2014 (1412.6550).
+
+    >>> model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten()).eval()
+    >>> smaller, images = convsplit.convert(model), torch.randn(128, 8, 9, 9)
+    >>> course = distill(smaller, model, images, epochs=3)
+    >>> course.best.loss < course.before.loss
+    True
+    """
+    if train not in ("all", "split"):
+        raise ValueError(f'train={train!r}; want "all" or "split"')
+    data = _Inputs.of(batches, held_out)
+    with same_globals(), _training(converted, teacher, train, freeze_norms):
+        torch.manual_seed(seed)
+        first = data.held_out[0]
+        run_or_explain(teacher, first, forward)
+        loss = _Loss(converted, teacher, first, forward, criterion, temperature, features)
+        run = _Run(converted, loss, data, lr, weight_decay, epochs, seconds, augment, seed)
+        if checkpoint is not None:
+            run.resume(Path(checkpoint))
+        try:
+            with loss.watching(), _bar(progress) as show:
+                run.to_the_end(patience, None if checkpoint is None else Path(checkpoint), show)
+        finally:
+            run.restore_best()
+    return Distillation(tuple(run.checks))
+
+
+class _Inputs:
+    """Training batches, read anew or kept, and held-out ones."""
+
+    def __init__(self, source: Iterable[Batch], held_out: list[Batch]) -> None:
+        self.source, self.held_out = source, held_out
+        kept = list(source) if isinstance(source, Sequence) else []
+        plain = bool(kept) and all(isinstance(b, Tensor) and b.shape[1:] == kept[0].shape[1:] for b in kept)
+        self.rows = torch.cat(kept) if plain else None
+        self.size = len(kept[0]) if plain else 0
+
+    @classmethod
+    def of(cls, batches: Any, held_out: Any) -> _Inputs:
+        source: Any = torch.split(batches, BATCH) if isinstance(batches, Tensor) else batches_in(batches)
+        if isinstance(source, Iterator) or not hasattr(source, "__len__"):
+            source = list(source)
+        if not isinstance(held_out, float | int):
+            return cls(source, list(batches_in(held_out)))
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out={held_out}: want a share of the inputs between 0 and 1, or batches")
+        count = max(1, round(held_out * len(source)))
+        if isinstance(source, Sequence):
+            if len(source) < 2:
+                raise ValueError(f"{len(source)} batches: want at least 2, one to train on and one to hold out")
+            return cls(source[:-count], list(source[-count:]))
+        # A loader may shuffle, so nothing can be kept from the training; without labels that is no great harm.
+        kept = [batch for batch, _ in zip(source, range(count), strict=False)]
+        if not kept:
+            raise ValueError("no batches: give some unlabelled inputs to train on")
+        return cls(source, kept)
+
+    def __len__(self) -> int:
+        if self.rows is not None:
+            return math.ceil(len(self.rows) / self.size)
+        return len(cast("Sequence[Batch]", self.source))
+
+    def epoch(self, generator: torch.Generator) -> Iterator[Batch]:
+        """All batches in a new order; rows are mixed where batches are plain tensors."""
+        if self.rows is not None:
+            order = torch.randperm(len(self.rows), generator=generator)
+            for rows in torch.split(order, self.size):
+                yield self.rows[rows]
+        elif isinstance(self.source, Sequence):
+            for index in torch.randperm(len(self.source), generator=generator).tolist():
+                yield self.source[index]
+        else:
+            yield from self.source
+
+
+class _Loss:
+    """The distance between a student's and a teacher's answers to a batch."""
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, example: Batch, forward: Forward | None,
+        criterion: Callable[[Any, Any], Tensor] | None, temperature: float, features: float,
+    ) -> None:  # fmt: skip
+        self.student, self.teacher, self.forward, self.criterion = student, teacher, forward or call, criterion
+        self.temperature, self.features = temperature, features
+        split = {name for name, m in student.named_modules() if isinstance(m, SeparableConv2d)}
+        self.watched = find_modules(student, split, example, forward) if features else []
+        self.seen: dict[int, dict[str, Tensor]] = {id(student): {}, id(teacher): {}}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Notes the features of both models, while inside."""
+        handles = [
+            model.get_submodule(name).register_forward_hook(self._note(id(model), name))
+            for model in (self.student, self.teacher)
+            for name in self.watched
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, model: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                self.seen[model][name] = output
+
+        return hook
+
+    def __call__(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = self.forward(self.teacher, batch)
+        answer = self.forward(self.student, batch)
+        loss = self.of_outputs(answer, wanted)
+        theirs, own = self.seen[id(self.teacher)], self.seen[id(self.student)]
+        if own:
+            loss = loss + self.features * torch.stack([relative(own[k], theirs[k]) for k in own]).mean()
+        return loss if self.criterion is None else loss + self.criterion(answer, batch)
+
+    def of_outputs(self, answer: Any, wanted: Any) -> Tensor:
+        """The distance of outputs of any nesting."""
+        pairs = [(a, w) for a, w in zip(tensors_in(answer), tensors_in(wanted), strict=True) if w.is_floating_point()]
+        if not pairs:
+            raise ValueError("the models' outputs hold no floating-point tensor to learn from")
+        return torch.stack([self._of_one(a, w) for a, w in pairs]).sum()
+
+    def _of_one(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        if wanted.dim() != 2 or wanted.shape[1] < 2:
+            return relative(answer, wanted)
+        T = self.temperature
+        student, teacher = F.log_softmax(answer / T, 1), F.log_softmax(wanted / T, 1)
+        return T * T * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def relative(answer: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error relative to the energy of what is wanted."""
+    return (answer - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
+
+
+class _Run:
+    """A training under way: what has to be stored for resuming it."""
+
+    def __init__(
+        self, model: nn.Module, loss: _Loss, data: _Inputs, lr: float, weight_decay: float, epochs: int,
+        seconds: float | None, augment: Callable[[Any], Any] | None, seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.loss, self.data, self.augment = model, loss, data, augment
+        self.groups = parameter_groups(model, lr=lr, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(self.groups, lr=lr)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.steps, self.seconds = max(1, epochs * len(data)), seconds
+        self.epochs, self.seed = epochs, seed
+        self.step, self.spent = 0, 0.0
+        self.checks: list[Check] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def share(self) -> float:
+        """How much of the training is done."""
+        by_time = 0.0 if self.seconds is None else self.spent / self.seconds
+        return max(self.step / self.steps, by_time)
+
+    def to_the_end(self, patience: int | None, checkpoint: Path | None, show: Callable[[float, str], None]) -> None:
+        """Train and look at the held-out inputs now and then."""
+        if not self.checks:
+            self.check()
+        since = time.perf_counter() - self.spent
+        for epoch in range(self.step // len(self.data), self.epochs):
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            for index, batch in enumerate(self.data.epoch(generator)):
+                if index < self.step - epoch * len(self.data):  # resumed within an epoch
+                    continue
+                self.advance(batch if self.augment is None else self.augment(batch))
+                self.spent = _slowest(time.perf_counter() - since)
+                if self.share >= len(self.checks) / CHECKS or self.share >= 1:
+                    self.check()
+                    show(self.share, f"loss {self.checks[0].loss:.3g} -> {self.checks[-1].loss:.3g}")
+                    if checkpoint is not None:
+                        self.store(checkpoint)
+                    if self.share >= 1 or self.exhausted(patience):
+                        return
+
+    def exhausted(self, patience: int | None) -> bool:
+        losses = [check.loss for check in self.checks]
+        return patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+    def advance(self, batch: Batch) -> None:
+        """One step."""
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * schedule(min(self.share, 1.0))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        with _autocast(parameters[0].device):
+            loss = self.loss(batch)
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()} after {self.step} steps: lower lr= or look at the inputs")
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else _averaged(gradient)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        self.step += 1
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Measure loss and drift on the held-out inputs; keep the weights if the loss is the smallest yet."""
+        sums = torch.zeros(4, dtype=torch.float64)  # of squared differences, of squares, of losses; batches
+        training = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        for batch in self.data.held_out:
+            answer, wanted = (self.loss.forward(model, batch) for model in (self.model, self.loss.teacher))
+            loss = self.loss.of_outputs(answer, wanted)
+            if self.loss.criterion is not None:
+                loss = loss + self.loss.criterion(answer, batch)
+            sums[2:] += torch.tensor([float(loss), 1.0])
+            for a, w in zip(tensors_in(answer), tensors_in(wanted), strict=True):
+                if w.is_floating_point():
+                    sums[:2] += torch.tensor([float((a - w).square().sum()), float(w.square().sum())])
+        for module, flag in training:
+            module.training = flag
+        missed, energy, total, count = all_reduced(sums).tolist()
+        drift = math.sqrt(missed / max(energy, 1e-30))
+        self.checks.append(Check(self.step, self.spent, total / count, drift))
+        if total / count <= min(check.loss for check in self.checks):
+            self.best = {key: value.clone() for key, value in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Put the best weights back, into the same tensors."""
+        for key, value in self.model.state_dict().items():
+            if key in self.best:
+                value.copy_(self.best[key])
+
+    def store(self, path: Path) -> None:
+        """Write all there is to a file, as a whole."""
+        state = {
+            "model": self.model.state_dict(), "best": self.best, "optimizer": self.optimizer.state_dict(),
+            "step": self.step, "spent": self.spent, "checks": [tuple(vars(c).values()) for c in self.checks],
+        }  # fmt: skip
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            write_whole(path, lambda temporary: torch.save(state, temporary))
+
+    def resume(self, path: Path) -> None:
+        """Go on from a file, if there is one."""
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not a checkpoint of this training: {str(error).splitlines()[0]}") from error
+        self.best, self.step, self.spent = state["best"], int(state["step"]), float(state["spent"])
+        self.checks = [Check(*check) for check in state["checks"]]
+
+
+@contextmanager
+def _training(student: nn.Module, teacher: nn.Module, train: str, freeze_norms: bool) -> Iterator[None]:
+    """Modes and gradient flags as the training wants them; as before afterwards."""
+    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in (*student.parameters(), *teacher.parameters())]
+    try:
+        teacher.eval().requires_grad_(False)
+        student.train()
+        for module in student.modules():
+            if isinstance(module, _BatchNorm) and freeze_norms:
+                module.eval()
+        if train == "split":
+            split = (layer for layer in student.modules() if isinstance(layer, SeparableConv2d))
+            own = {id(parameter) for layer in split for parameter in layer.parameters()}
+            for parameter in student.parameters():
+                parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+def _autocast(device: torch.device) -> Any:
+    """Mixed precision where the device has it."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _averaged(gradient: Tensor) -> Tensor:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return gradient
+    return all_reduced(gradient.contiguous()) / distributed.get_world_size()
+
+
+def _slowest(seconds: float) -> float:
+    """The time that counts: the same in all processes, so that they end together."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return seconds
+    everyone = torch.tensor(seconds)
+    distributed.all_reduce(everyone, distributed.ReduceOp.MAX)
+    return float(everyone)
+
+
+@contextmanager
+def _bar(progress: bool | None) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar that shows the drift falling."""
+    console = Console(stderr=True)
+    shown = console.is_terminal if progress is None else progress
+    with Progress(
+        TextColumn("Distilling"), BarColumn(), TextColumn("{task.fields[drift]}"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not shown,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=1.0, drift="")
+        yield lambda share, drift: bar.update(task, completed=min(share, 1.0), drift=drift)

@@ -1,0 +1,146 @@
+"""Block reconstruction: the step between `refit` and `distill`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convsplit.finetune.blocks import Block, walk_blocks
+from convsplit.moments import checked_batches
+from convsplit.progress import track
+from convsplit.trace import Forward, quiet_run, run_or_explain
+
+BATCH = 64  # images per step
+WARM_UP = 0.1  # of the steps
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """One block: relative squared errors of its output on the data, before and after."""
+
+    name: str
+    before: float
+    after: float
+
+
+def reconstruct(
+    converted: nn.Module,
+    original: nn.Module,
+    batches: Any,
+    *,
+    forward: Forward | None = None,
+    steps: int = 300,
+    lr: float = 2e-3,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> tuple[Reconstructed, ...]:
+    """Train the split layers of `converted`, in place and block by block, to give what `original`'s blocks give.
+
+    Blocks are taken in the order of execution: on the features that reach a block in the already reconstructed model,
+    its split layers take `steps` gradient steps (Adam, cosine schedule) towards the original block's output on the
+    original's own features. No labels, and no gradients beyond one block: some seconds each. Nothing but the split
+    layers changes, batch norm runs on its running statistics, and a block that came out worse is put back.
+
+    Args:
+        converted: from `convert`, best repaired by `refit` before; changed in place.
+        original: the model it was converted from; not changed.
+        batches: some hundred unlabelled inputs, as for `refit`.
+        forward: how to run a model on what `batches` yields.
+        steps: gradient steps for each block.
+        lr: the largest learning rate.
+        seed: fixes the order of images.
+        progress: show a progress bar; by default only on a terminal.
+
+    Raises:
+        ValueError: no batches, NaN or infinite values in one, or fewer than one step.
+
+    Source: Li et al., "BRECQ", 2021 (2102.05426), which does this for quantisation.
+
+    >>> model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
+    >>> smaller, images = convsplit.convert(model), torch.randn(64, 8, 9, 9)
+    >>> blocks = reconstruct(smaller, model, images, steps=20)
+    >>> all(block.after <= block.before for block in blocks)
+    True
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: want at least 1")
+    data = checked_batches(batches)
+    generator = torch.Generator().manual_seed(seed)
+    with quiet_run(converted, original):
+        run_or_explain(original, data[0], forward)
+        count, blocks = walk_blocks(original, converted, data, forward)
+        shown = track(blocks, "Reconstructing", total=count, progress=progress)
+        return tuple(_fit(block, steps, lr, generator) for block in shown)
+
+
+def _fit(block: Block, steps: int, lr: float, generator: torch.Generator) -> Reconstructed:
+    """Gradient steps on one block."""
+    parameters = [p for layer in block.layers for p in layer.parameters()]
+    flags = [p.requires_grad for p in parameters]
+    before = error(block)
+    kept = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    try:
+        with torch.enable_grad():
+            for p in parameters:
+                p.requires_grad_(True)
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * schedule(step / steps)
+                x, target = _minibatch(block, generator)
+                loss = (block.run(x) - target).square().mean()
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    p.grad = gradient
+                optimizer.step()
+        after = error(block)
+    except BaseException:  # an interrupted block is put back, those before it stay
+        after = math.inf
+        raise
+    finally:
+        for p, flag, value in zip(parameters, flags, kept, strict=True):
+            p.grad = None
+            p.requires_grad_(flag)
+            if not after < before:
+                p.data.copy_(value)
+    return Reconstructed(block.name, before, min(before, after))
+
+
+def schedule(share: float) -> float:
+    """The learning rate's factor after a share of the steps: linear warm-up, then a cosine down to zero."""
+    if share < WARM_UP:
+        return (share + 1e-3) / (WARM_UP + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP)))
+
+
+def _minibatch(block: Block, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random images: from all batches where they are of one size, from one batch otherwise."""
+    if len({x.shape[1:] for x in block.inputs}) == 1 and block.inputs[0].dim() == 4:
+        sizes = [len(x) for x in block.inputs]
+        chosen = torch.randint(sum(sizes), (min(BATCH, sum(sizes)),), generator=generator)
+        return _rows(block.inputs, sizes, chosen), _rows(block.targets, sizes, chosen)
+    which = int(torch.randint(len(block.inputs), (), generator=generator))
+    return block.inputs[which], block.targets[which]
+
+
+def _rows(batches: Sequence[Tensor], sizes: Sequence[int], chosen: Tensor) -> Tensor:
+    batch = torch.bucketize(chosen, torch.tensor(sizes).cumsum(0), right=True)
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    return torch.stack(
+        [batches[b][i] for b, i in zip(batch.tolist(), (chosen - starts[batch]).tolist(), strict=True)]
+    )
+
+
+@torch.no_grad()
+def error(block: Block) -> float:
+    """Squared error of a block's output relative to the energy of the original's."""
+    missed = energy = 0.0
+    for x, target in zip(block.inputs, block.targets, strict=True):
+        missed += float((block.run(x) - target).square().sum())
+        energy += float(target.square().sum())
+    return missed / max(energy, 1e-30)

@@ -1,0 +1,267 @@
+"""Fine-tuning: it helps, it stops and resumes cleanly, and leaves alone what it should."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from residual import SmallNet, Untraceable, images, small_net
+from torch import nn
+from torch.nn import functional as F
+
+import convsplit
+from convsplit import Budget, SeparableConv2d
+from convsplit.finetune.blocks import find_modules, find_spans, walk_blocks
+from convsplit.finetune.reconstruct import schedule
+from convsplit.trace import SplitTracer
+
+
+def converted_net(cls=SmallNet, fraction=0.2):
+    model = small_net(cls)
+    return model, convsplit.convert(model, budget=Budget(params=fraction))
+
+
+def drift(model, converted, inputs):
+    return convsplit.compare(model, converted, inputs).drift.relative
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def spans_of(model: nn.Module) -> list[list[str]]:
+    graph = SplitTracer().trace(model)
+    nodes = list(graph.nodes)
+    split = {name for name, m in model.named_modules() if isinstance(m, SeparableConv2d)}
+    spans = find_spans(nodes, torch.fx.GraphModule(model, graph), split)
+    return [[str(n.target) for n in nodes[a + 1 : b + 1] if n.op == "call_module"] for a, b in spans]
+
+
+class UNet(nn.Module):
+    """Long skip connections: nothing but the input passes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList([nn.Sequential(nn.Conv2d(c, 16, 3, padding=1), nn.ReLU()) for c in (3, 16)])
+        self.up = nn.Sequential(nn.Conv2d(32, 16, 3, padding=1), nn.ReLU())
+        self.last = nn.Conv2d(19, 4, 3, padding=1)
+
+    def forward(self, x):
+        a = self.down[0](x)
+        b = self.down[1](F.max_pool2d(a, 2))
+        return self.last(torch.cat([self.up(torch.cat([a, F.interpolate(b, scale_factor=2)], 1)), x], 1))
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def test_spans_are_residual_blocks_and_convolutions_with_their_activations():
+    _, converted = converted_net(fraction=0.4)
+    found = spans_of(converted)
+    assert ["blocks.0.conv1", "blocks.0.bn1", "blocks.0.conv2", "blocks.0.bn2"] in found
+    assert all(block[-1] != "blocks.0.conv1" for block in found)
+
+
+def test_modules_are_found_where_no_single_tensor_passes():
+    model = UNet()
+    converted = convsplit.convert(model, rank=1, forms="dw-pw")
+    split = {name for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
+    assert find_modules(converted, split, images(2), None) == ["down.0", "down.1", "up", "last"]
+
+
+@pytest.mark.parametrize("cls", [SmallNet, Untraceable, UNet], ids=lambda c: c.__name__)
+def test_blocks_compute_what_the_model_computes(cls):
+    model = small_net(cls) if issubclass(cls, SmallNet) else cls().eval()
+    converted = convsplit.convert(model, rank="full")
+    with torch.no_grad():
+        count, blocks = walk_blocks(model, converted.eval(), [images(4), images(3, seed=1)], None)
+        names = []
+        for block in blocks:
+            names.append(block.name)
+            for x, target in zip(block.inputs, block.targets, strict=True):
+                torch.testing.assert_close(block.run(x), target, rtol=1e-3, atol=1e-4)
+    assert len(set(names)) == len(names) == count > 1
+
+
+# ------------------------------------------------------------------------------------------------ reconstruction
+
+
+@pytest.mark.parametrize("cls", [SmallNet, Untraceable], ids=lambda c: c.__name__)
+def test_reconstruction_lowers_the_drift_and_no_block_gets_worse(cls):
+    model, converted = converted_net(cls)
+    before, frozen = drift(model, converted, images(64, seed=1)), copy.deepcopy(model.state_dict())
+    untouched = {k: v.clone() for k, v in converted.state_dict().items() if "bn" in k or "head" in k}
+    state = torch.get_rng_state()
+    blocks = convsplit.reconstruct(converted, model, list(images(128).split(32)), steps=40, lr=5e-3)
+    assert drift(model, converted, images(64, seed=1)) < 0.8 * before
+    assert all(block.after <= block.before for block in blocks)
+    assert same(frozen, model.state_dict())
+    assert all(torch.equal(converted.state_dict()[k], v) for k, v in untouched.items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad and p.grad is None for p in converted.parameters())
+
+
+def test_an_interrupted_block_is_put_back():
+    model, converted = converted_net()
+    before, calls = copy.deepcopy(converted.state_dict()), itertools.count()
+
+    def interrupt(*_):
+        if next(calls) == 20:
+            raise KeyboardInterrupt
+
+    handle = converted.stem.depthwise.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convsplit.reconstruct(converted, model, images(64), steps=100)
+    handle.remove()
+    assert same(before, converted.state_dict())
+    assert all(p.requires_grad for p in converted.parameters())
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    values = [schedule(step / 1000) for step in range(1001)]
+    assert 0 < values[0] < 0.05
+    assert max(values) == pytest.approx(1, abs=1e-3)
+    assert values[-1] == pytest.approx(0, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ distillation
+
+
+@pytest.mark.parametrize("options", [{}, {"train": "split"}, {"features": 0.0}, {"freeze_norms": False}], ids=str)
+def test_distillation_lowers_the_loss(options):
+    model, converted = converted_net()
+    others = {k: v.clone() for k, v in converted.named_parameters() if "head" in k or "bn" in k}
+    frozen = copy.deepcopy(model.state_dict())
+    course = convsplit.distill(converted, model, images(256), epochs=6, lr=3e-3, **options)
+    assert course.best.loss < 0.8 * course.before.loss
+    assert same(frozen, model.state_dict())
+    assert not model.training
+    assert not converted.training
+    assert all(p.requires_grad and p.grad is None for p in (*converted.parameters(), *model.parameters()))
+    moved = any(not torch.equal(v, dict(converted.named_parameters())[k]) for k, v in others.items())
+    assert moved == (options.get("train") != "split")
+    statistics_moved = not torch.equal(model.blocks[0].bn1.running_mean, converted.blocks[0].bn1.running_mean)
+    assert statistics_moved == (not options.get("freeze_norms", True))
+
+
+def test_the_same_seed_gives_the_same_and_the_best_weights_are_kept():
+    model, converted = converted_net()
+    twins = [copy.deepcopy(converted) for _ in range(3)]
+    courses = [
+        convsplit.distill(twin, model, images(128), epochs=3, lr=3e-3, seed=seed)
+        for twin, seed in zip(twins, (0, 0, 1), strict=True)
+    ]
+    assert same(twins[0].state_dict(), twins[1].state_dict())
+    assert not same(twins[0].state_dict(), twins[2].state_dict())
+    held_out = images(128).split(64)[-1]
+    assert drift(model, twins[0], held_out) == pytest.approx(courses[0].best.drift, rel=1e-3)
+
+
+def test_an_interrupted_run_keeps_the_best_and_resumes(tmp_path):
+    model, converted = converted_net()
+    whole, halves = copy.deepcopy(converted), copy.deepcopy(converted)
+    convsplit.distill(whole, model, images(256), epochs=4, lr=3e-3)
+    calls = itertools.count()
+
+    def interrupt(batch):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return batch
+
+    path = tmp_path / "distill.pt"
+    arguments = {"epochs": 4, "lr": 3e-3, "checkpoint": path}
+    with pytest.raises(KeyboardInterrupt):
+        convsplit.distill(halves, model, images(256), augment=interrupt, **arguments)
+    assert not same(converted.state_dict(), halves.state_dict())
+    fresh = copy.deepcopy(converted)
+    course = convsplit.distill(fresh, model, images(256), **arguments)
+    assert course.checks[-1].step == 12
+    for key, value in fresh.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[key])
+    path.write_bytes(b"nonsense")
+    with pytest.raises(Exception, match="."):
+        convsplit.distill(fresh, model, images(256), **arguments)
+
+
+def test_outputs_of_any_nesting_labels_and_loaders():
+    class Nested(SmallNet):
+        def forward(self, x):
+            y = super().forward(x)
+            return {"logits": y, "parts": (y[:, :1], x.argmax(1))}
+
+    model = small_net(Nested)
+    converted = convsplit.convert(model, budget=Budget(params=0.3))
+    data = torch.utils.data.TensorDataset(images(128), torch.arange(128) % 5)
+    loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)
+    course = convsplit.distill(
+        converted, model, loader, epochs=3,
+        forward=lambda m, batch: m(batch[0]),
+        criterion=lambda output, batch: 0.1 * F.cross_entropy(output["logits"], batch[1]),
+    )  # fmt: skip
+    assert course.checks[-1].step == 12
+    assert all(math.isfinite(check.loss) for check in course.checks)
+
+
+def test_time_and_patience_end_the_training():
+    model, converted = converted_net()
+    course = convsplit.distill(copy.deepcopy(converted), model, images(256), epochs=100_000, seconds=0.5)
+    assert course.checks[-1].step < 100_000
+    course = convsplit.distill(converted, model, images(256), epochs=100, lr=0.0, patience=1)
+    assert len(course.checks) == 2
+
+
+def test_nonsense_is_refused():
+    model, converted = converted_net()
+    for arguments, message in (
+        ({"train": "some"}, 'want "all" or "split"'),
+        ({"held_out": 2}, "want a share"),
+        ({"lr": 1e30, "epochs": 3}, "lower lr="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convsplit.distill(converted, model, images(128), **arguments)
+    with pytest.raises(ValueError, match="want at least 2"):
+        convsplit.distill(converted, model, [images(4)])
+    with pytest.raises(ValueError, match="does not run"):
+        convsplit.distill(converted, model, torch.zeros(128, 1, 12, 12))
+    with pytest.raises(ValueError, match="want at least 1"):
+        convsplit.reconstruct(converted, model, images(8), steps=0)
+    assert all(p.isfinite().all() for p in converted.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ loops of one's own
+
+
+def test_groups_hold_every_trainable_parameter_once():
+    _, converted = converted_net(fraction=0.5)
+    converted.head.bias.requires_grad_(False)
+    groups = convsplit.parameter_groups(converted, lr=0.1, weight_decay=0.01, split_lr=0.05)
+    held = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in held}) == len(held)
+    assert {id(p) for p in held} == {id(p) for p in converted.parameters() if p.requires_grad}
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in groups} == {
+        "factors": (0.05, 0.0),
+        "weights": (0.1, 0.01),
+        "undecayed": (0.1, 0.0),
+    }
+    optimizer = torch.optim.AdamW(groups)
+    convsplit.check_optimizer(optimizer, converted)
+    converted.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        convsplit.parameter_groups(converted)
+
+
+def test_the_penalty_pulls_at_the_merged_kernel():
+    conv = nn.Conv2d(8, 8, 3, bias=False)
+    layer = SeparableConv2d.from_conv(conv, form="dw-pw", rank=8)
+    convsplit.kernel_penalty(layer).backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    torch.testing.assert_close(convsplit.kernel_penalty(layer), conv.weight.square().sum())
+
+
+def test_an_optimizer_of_the_original_is_recognised():
+    model, converted = converted_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"before conversion\?.*torch.optim.SGD\(convsplit.parameter_groups"):
+        convsplit.check_optimizer(optimizer, converted)
+    convsplit.check_optimizer(torch.optim.SGD(converted.parameters(), lr=0.1), converted)
