@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -94,9 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("networks", arguments.networks)
-    networks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(networks)
+    networks = load_networks(arguments.networks)
     train_x, _, test_x, test_y = networks.cifar10()
     rows = []
     for depth in arguments.depths:
@@ -116,6 +115,14 @@ def main() -> None:
                         Console(stderr=True).print(rows[-1])
     headings = ["network", "kept", "way", "images", "seed", "points lost", "agreement", "drift", "seconds"]
     print(Table(headings, rows, frozenset({"network", "way"})).markdown())
+
+
+def load_networks(path: str) -> ModuleType:
+    """The module that defines the networks and their images."""
+    spec = importlib.util.spec_from_file_location("networks", path)
+    networks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(networks)
+    return networks
 
 
 def measure(model: nn.Module, converted: nn.Module, images: Tensor, labels: Tensor) -> list[str]:

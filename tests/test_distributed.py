@@ -1,0 +1,67 @@
+"""Several processes: each reads its own share, all end with the weights that one process would have found."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from residual import images, small_net
+
+import convsplit
+
+WORKER = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from residual import images, small_net
+import convsplit
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+model = small_net()
+own = list(images(64).split(16))[rank::2]
+converted = convsplit.convert(model, images(), budget=convsplit.Budget(params=0.3), calibration=own)
+torch.save(converted.state_dict(), f"{folder}/converted{{rank}}.pt")
+convsplit.recalibrate(converted, own)
+convsplit.distill(converted, model, own, epochs=2, held_out=own[:1])
+torch.save(converted.state_dict(), f"{folder}/distilled{{rank}}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def torchrun(script: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_find_what_one_finds(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    torchrun(script)
+    states = {
+        (step, rank): torch.load(tmp_path / f"{step}{rank}.pt", weights_only=True)
+        for step in ("converted", "distilled")
+        for rank in range(2)
+    }
+    for step in ("converted", "distilled"):
+        for key, value in states[step, 0].items():
+            assert torch.equal(value, states[step, 1][key]), f"{step}: {key}"
+    alone = small_net()
+    data = list(images(64).split(16))
+    whole = convsplit.convert(alone, images(), budget=convsplit.Budget(params=0.3), calibration=data)
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(states["converted", 0][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_example_runs():
+    pytest.importorskip("sklearn")
+    output = torchrun(Path(__file__).parents[1] / "examples" / "distributed_convert.py")
+    assert "2 processes" in output
+    assert output.rstrip().endswith("weights 0")
