@@ -21,6 +21,7 @@ from convsplit.finetune.blocks import find_modules
 from convsplit.finetune.groups import parameter_groups
 from convsplit.finetune.reconstruct import schedule
 from convsplit.layers import SeparableConv2d
+from convsplit.layout import channels_last, channels_last_weights
 from convsplit.moments import all_reduced
 from convsplit.storage import write_whole
 from convsplit.trace import Batch, Forward, batches_in, call, run_or_explain, same_globals, tensors_in
@@ -135,7 +136,7 @@ def distill(
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         try:
-            with loss.watching(), _bar(progress) as show:
+            with channels_last_weights(converted, teacher), loss.watching(), _bar(progress) as show:
                 run.to_the_end(patience, None if checkpoint is None else Path(checkpoint), show)
         finally:
             run.restore_best()
@@ -202,6 +203,7 @@ class _Loss:
         split = {name for name, m in student.named_modules() if isinstance(m, SeparableConv2d)}
         self.watched = find_modules(student, split, example, forward) if features else []
         self.seen: dict[int, dict[str, Tensor]] = {id(student): {}, id(teacher): {}}
+        self.energies: dict[str, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -231,8 +233,15 @@ class _Loss:
         loss = self.of_outputs(answer, wanted)
         theirs, own = self.seen[id(self.teacher)], self.seen[id(self.student)]
         if own:
-            loss = loss + self.features * torch.stack([relative(own[k], theirs[k]) for k in own]).mean()
+            missed = [F.mse_loss(own[name], theirs[name]) / self._energy(name, theirs[name]) for name in own]
+            loss = loss + self.features * torch.stack(missed).mean()
         return loss if self.criterion is None else loss + self.criterion(answer, batch)
+
+    def _energy(self, name: str, feature: Tensor) -> Tensor:
+        """The mean square of a feature, of the first batch for all that follow: a pass over memory less each step."""
+        if name not in self.energies:
+            self.energies[name] = feature.square().mean().clamp_min(1e-12)
+        return self.energies[name]
 
     def of_outputs(self, answer: Any, wanted: Any) -> Tensor:
         """The distance of outputs of any nesting."""
@@ -287,7 +296,7 @@ class _Run:
             for index, batch in enumerate(self.data.epoch(generator)):
                 if index < self.step - epoch * len(self.data):  # resumed within an epoch
                     continue
-                self.advance(batch if self.augment is None else self.augment(batch))
+                self.advance(channels_last(batch if self.augment is None else self.augment(batch)))
                 self.spent = _slowest(time.perf_counter() - since)
                 if self.share >= len(self.checks) / CHECKS or self.share >= 1:
                     self.check()
@@ -325,7 +334,7 @@ class _Run:
         sums = torch.zeros(4, dtype=torch.float64)  # of squared differences, of squares, of losses; batches
         training = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
-        for batch in self.data.held_out:
+        for batch in map(channels_last, self.data.held_out):
             answer, wanted = (self.loss.forward(model, batch) for model in (self.model, self.loss.teacher))
             loss = self.loss.of_outputs(answer, wanted)
             if self.loss.criterion is not None:
