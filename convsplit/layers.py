@@ -25,6 +25,11 @@ from torch.nn import functional as F
 from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
 from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
 
+# Ways to run the same stages: as they are, or, where channels have m > 1 components each, as m true depthwise
+# convolutions, one for the j-th component of all channels, whose results are added up. Kernels for m > 1 leave the
+# fast paths of CPU libraries (benchmarks/results/latency.md). Neither parameters nor their names depend on it.
+ARRANGEMENTS = ("stages", "repeated")
+
 _STAGES = ("gather", "pointwise_in", "pad", "depthwise", "pointwise_out", "sum")
 
 
@@ -155,6 +160,7 @@ class SeparableConv2d(nn.Module):
             pair(dilation), groups, padding_mode, bias,
         )  # fmt: skip
         self.form = form
+        self._arrangement = "stages"
         self.components, self.even = resolve_rank(form_named(form), self.spec, rank, components)
         for name, stage in self._make_stages(device, dtype).items():
             self.add_module(name, stage)
@@ -188,9 +194,47 @@ class SeparableConv2d(nn.Module):
         return stages
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._arrangement == "repeated":
+            return self._repeated(x)
         for stage in self.stages.values():
             x = stage(x)
         return x
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        """The sum over j of the j-th components of all channels: true depthwise convolutions, m of them."""
+        stages, m, G = self.stages, cast(int, self.rank), self.groups
+        pad = stages.get("pad", nn.Identity())
+        filters = self.depthwise.weight
+        total: Tensor | None = None
+        for j in range(m):
+            bias = self.bias if j == 0 else None
+            if "pointwise_out" in stages:
+                y = self.depthwise._conv_forward(pad(x), filters[j::m], None)
+                y = F.conv2d(y, cast(nn.Conv2d, stages["pointwise_out"]).weight[:, j::m], bias, groups=G)
+            else:
+                y = F.conv2d(x, cast(nn.Conv2d, stages["pointwise_in"]).weight[j::m], groups=G)
+                y = self.depthwise._conv_forward(pad(y), filters[:, j : j + 1], bias)
+            total = y if total is None else total + y
+        return cast(Tensor, total)
+
+    @property
+    def arrangement(self) -> str:
+        """How the stages run, one of `ARRANGEMENTS`; may be set. Parameters, `state_dict` and `weight` stay."""
+        return self._arrangement
+
+    @arrangement.setter
+    def arrangement(self, name: str) -> None:
+        if name not in ARRANGEMENTS:
+            raise ValueError(f"unknown arrangement {name!r}; there are {', '.join(map(repr, ARRANGEMENTS))}")
+        if not self.can_run(name):
+            raise ValueError(f'a {self.form} layer with {self.extra_repr()} runs as "stages" only')
+        self._arrangement = name
+
+    def can_run(self, arrangement: str) -> bool:
+        """Whether this layer has an arrangement: "repeated" is for equal multiplicities above 1."""
+        form = form_named(self.form)
+        two_stages = not (form.expands and form.projects)
+        return arrangement == "stages" or (two_stages and self.even and cast(int, self.rank) > 1)
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -337,6 +381,21 @@ class SeparableConv2d(nn.Module):
             last.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
             self.spec = replace(self.spec, bias=True)
         return cast(nn.Parameter, self.bias)
+
+    @torch.no_grad()
+    def absorb(self, scale: Tensor, shift: Tensor) -> None:
+        """Take scale [O] and shift [O] of the output channels into the last stage, in place: y becomes y·scale + shift.
+
+        This is how batch norm in eval mode is folded.
+        """
+        stages, bias = self.stages, self.add_bias()
+        bias.copy_(bias * scale + shift)
+        last = self.depthwise
+        if "pointwise_out" in stages:
+            last = cast(nn.Conv2d, stages["pointwise_out"])
+        elif "sum" in stages:
+            scale = scale[cast(ChannelSum, stages["sum"]).channels]
+        last.weight.mul_(scale.to(last.weight.dtype).view(-1, 1, 1, 1))
 
     def merged(self) -> nn.Conv2d:
         """The one `Conv2d` this layer equals, on the same device, in the same dtype, memory format and mode."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ MULTIPLE = 8  # widths that are multiples of it fill the vector registers of eve
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a convolution. `form` is empty for the dense one; `macs` adds up its calls, None if unknown."""
+    """One way to run a convolution. `form` is empty for the dense one.
+
+    `macs` and `milliseconds` add up its calls, None where unknown; `arrangement` is that of `SeparableConv2d`.
+    """
 
     form: str
     components: int
@@ -40,6 +43,8 @@ class Option:
     params: int
     macs: int | None
     error: float | None
+    milliseconds: float | None = None
+    arrangement: str = "stages"
 
     @property
     def dense(self) -> bool:
@@ -48,14 +53,20 @@ class Option:
 
 @dataclass(frozen=True)
 class Menu:
-    """A site and its options, the dense one first."""
+    """A site and its options, the dense one first. `note` says why others were taken out, where that is so."""
 
     site: Site
     options: tuple[Option, ...]
+    note: str = ""
 
     @property
     def dense(self) -> Option:
         return self.options[0]
+
+    def at(self, site: Site) -> Menu:
+        """The same options where the layer sees inputs of another size: with the MACs of those."""
+        counted = (replace(option, macs=_macs(site, option.form, option.components)) for option in self.options)
+        return replace(self, site=site, options=tuple(counted))
 
 
 def find_options(
@@ -102,8 +113,7 @@ def check_rank(rank: int | str | None) -> None:
 def dense_option(site: Site) -> Option:
     """The convolution as it is."""
     assert site.spec is not None
-    macs = sum(call.images * site.spec.macs(call.output_hw) for call in site.calls) if site.calls else None
-    return Option("", 0, True, site.spec.weight_params, macs, 0.0)
+    return Option("", 0, True, site.spec.weight_params, _macs(site, "", 0), 0.0)
 
 
 def _options(
@@ -145,12 +155,21 @@ def _full(site: Site, form: Form) -> Option:
 
 
 def _option(site: Site, form: Form, components: int, even: bool, error: float) -> Option:
-    spec = site.spec
+    assert site.spec is not None
+    macs = _macs(site, form.name, components)
+    return Option(form.name, components, even, form.params(site.spec, components), macs, error)
+
+
+def _macs(site: Site, form: str, components: int) -> int | None:
+    """MACs of all calls of a site, in a form or (where that is empty) as it is; None where no calls are known."""
+    spec, calls = site.spec, site.calls
     assert spec is not None
-    macs = None
-    if site.calls:
-        macs = sum(c.images * form.macs(spec, components, c.input_hw, c.output_hw) for c in site.calls)
-    return Option(form.name, components, even, form.params(spec, components), macs, error)
+    if not calls:
+        return None
+    if not form:
+        return sum(use.images * spec.macs(use.output_hw) for use in calls)
+    count = form_named(form).macs
+    return sum(use.images * count(spec, components, use.input_hw, use.output_hw) for use in calls)
 
 
 def _costs_less(option: Option, dense: Option) -> bool:

@@ -111,6 +111,7 @@ def _split(original: Equivalent, layer: PlannedLayer, initialise: bool, seed: in
     empty = SeparableConv2d.empty_like(
         conv, form=option.form, components=option.components, even=option.even, pad=pad
     )
+    empty.arrangement = option.arrangement
     return empty.initialise_from(conv, seed=seed) if initialise else empty
 
 
