@@ -29,12 +29,13 @@ def allocate(
     *,
     model_params: int = 0,
     model_macs: int | None = None,
+    model_milliseconds: float | None = None,
 ) -> list[Option]:
     """The best option of each menu under the budget.
 
-    For `Budget(params=...)` and `Budget(macs=...)`: minimises the sum of error ** 4 subject to the sum of costs
-    being at most the fraction of today's. For `Budget(error=...)`: the option with the fewest parameters within
-    that error, layer by layer. `model_params` and `model_macs` are needed for budgets of the whole model.
+    For budgets of params, macs and latency: minimises the sum of error ** 4 subject to the sum of costs being at most
+    the fraction of today's. For `Budget(error=...)`: the option with the fewest parameters within that error, layer by
+    layer. The `model_` figures are needed for budgets of the whole model.
 
     Raises:
         ValueError: the budget cannot be met (names the smallest that can), or needs MACs that are not known.
@@ -45,7 +46,7 @@ def allocate(
     splittable = sum(cost(menu.dense) for menu in menus)
     whole = splittable
     if budget.of == "model":
-        whole = float(model_params if budget.kind == "params" else model_macs or 0)
+        whole = float({"params": model_params, "macs": model_macs, "latency": model_milliseconds}[budget.kind] or 0)
     allowed = budget.fraction * whole - (whole - splittable)
     choices = [_undominated(menu, cost) for menu in menus]
     least = sum(min(map(cost, options)) for options in choices)
@@ -65,6 +66,8 @@ def _cost_of(menus: Sequence[Menu], budget: Budget) -> Cost:
         return lambda option: float(option.params)
     if all(menu.dense.macs is None for menu in menus):
         raise ValueError(f"{budget!r} needs the shapes of the layers: pass example_inputs")
+    if budget.kind == "latency":
+        return lambda option: option.milliseconds or 0.0
     # A layer that the example inputs never reach costs no MACs, whatever is chosen.
     return lambda option: float(option.macs or 0)
 

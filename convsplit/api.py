@@ -11,6 +11,7 @@ from torch import nn
 from convsplit.allocate import allocate
 from convsplit.forms import FORMS
 from convsplit.kinds import Equivalent, equivalent
+from convsplit.latency import Stopwatch
 from convsplit.layers import SeparableConv2d
 from convsplit.moments import Marginals, checked_batches, measure_marginals
 from convsplit.options import Menu, Option, find_options
@@ -20,6 +21,7 @@ from convsplit.refit import refit
 from convsplit.rewrite import apply_plan
 from convsplit.sites import Site, Skip, find_sites
 from convsplit.spec import parameter_count
+from convsplit.speed import PREFERENCES, choose_by_time, closest_split
 from convsplit.trace import Batch, Forward, same_globals, scratch_copy, trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,6 +38,8 @@ def convert(
     bake: bool = False,
     calibration: Any = None,
     forward: Forward | None = None,
+    prefer: str = "accuracy",
+    stopwatch: Stopwatch | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> M:
@@ -55,7 +59,11 @@ def convert(
         calibration: some hundred unlabelled inputs (an iterable, read once, of what `example_inputs` may be): ranks
             are then chosen by the error of each layer's output, and the result is repaired by `refit`.
         forward: how to run a model on what `calibration` yields, such as `lambda model, batch: model(batch[0])`.
-        seed: fixes the start of CP; the same seed gives the same result.
+        prefer: "speed" keeps every layer dense for which no option is measured faster on this machine, at the shapes
+            of `example_inputs`; "accuracy" goes by the budget alone.
+        stopwatch: how long to measure, and whether inference or training; for budgets of latency and `prefer="speed"`.
+            One stopwatch given to several calls measures equal layers once.
+        seed: fixes the start of CP; the same seed gives the same result (choices by measured time may differ).
         progress: show a progress bar; by default only on a terminal.
 
     Returns:
@@ -75,7 +83,7 @@ def convert(
     batches = None if calibration is None else checked_batches(calibration)  # read once: it may be a generator
     plan = make_plan(
         model, example_inputs, budget=budget, rank=rank, forms=forms, skip=skip, bake=bake,
-        calibration=batches, forward=forward, seed=seed, progress=progress,
+        calibration=batches, forward=forward, prefer=prefer, stopwatch=stopwatch, seed=seed, progress=progress,
     )  # fmt: skip
     converted = apply_plan(model, plan, progress=progress)
     if batches is not None:
@@ -95,6 +103,8 @@ def make_plan(
     bake: bool = False,
     calibration: Any = None,
     forward: Forward | None = None,
+    prefer: str = "accuracy",
+    stopwatch: Stopwatch | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Plan:
@@ -111,6 +121,8 @@ def make_plan(
         raise ValueError(f"give budget= or rank=, not both (got {budget!r} and rank={rank!r})")
     if budget is None and rank is None:
         budget = Budget(params=0.5)
+    timed = prefer == "speed" or (budget is not None and budget.kind == "latency")
+    _check_preference(prefer, timed, budget, example_inputs)
     forms = [forms] if isinstance(forms, str) else list(forms)
     traced = trace(model, example_inputs)
     sites = find_sites(model, traced, skip=skip, bake=bake)
@@ -119,12 +131,26 @@ def make_plan(
     marginals = None if calibration is None else _marginals(model, sites, checked_batches(calibration), forward)
     menus = find_options(model, sites, forms=forms, rank=rank, marginals=marginals, seed=seed, progress=progress)
     params = parameter_count(model)
+    if timed:
+        found = choose_by_time(
+            model, example_inputs, menus, budget, prefer=prefer, stopwatch=stopwatch or Stopwatch(),
+            model_params=params, model_macs=traced.macs, progress=progress,
+        )  # fmt: skip
+        layers = planned_layers(sites, found.menus, found.chosen, True)
+        return Plan(layers, params, traced.macs, budget, seed, found.model_milliseconds, found.conditions)
     if budget is None:
-        chosen = [_closest_split(menu) for menu in menus]
+        chosen = [closest_split(menu) for menu in menus]
     else:
         chosen = allocate(menus, budget, model_params=params, model_macs=traced.macs)
-    layers = planned_layers(sites, menus, chosen, traced.calls is not None)
-    return Plan(layers, params, traced.macs, budget, seed)
+    return Plan(planned_layers(sites, menus, chosen, traced.calls is not None), params, traced.macs, budget, seed)
+
+
+def _check_preference(prefer: str, timed: bool, budget: Budget | None, example_inputs: Batch) -> None:
+    if prefer not in PREFERENCES:
+        raise ValueError(f"prefer={prefer!r}; want one of {', '.join(map(repr, PREFERENCES))}")
+    if timed and example_inputs is None:
+        asked = f'prefer="{prefer}"' if prefer == "speed" else repr(budget)
+        raise ValueError(f"{asked} measures layers at the shapes they see: pass example_inputs")
 
 
 def _marginals(
@@ -135,11 +161,6 @@ def _marginals(
     found = {site.name: equivalent(modules[site.name]) for site in sites if site.splittable}
     convs = {name: each.conv for name, each in found.items() if isinstance(each, Equivalent)}
     return measure_marginals(scratch_copy(model), convs, batches, forward)
-
-
-def _closest_split(menu: Menu) -> Option:
-    """With a fixed rank nothing is traded: the form with the smallest error, dense only where none is allowed."""
-    return min(menu.options[1:], key=lambda option: (option.error, option.params), default=menu.dense)
 
 
 def planned_layers(
@@ -155,7 +176,9 @@ def planned_layers(
         menu, option = choices[site.name]
         reason = ""
         if option.dense:
-            reason = "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
+            reason = menu.note or (
+                "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
+            )
         if called and not site.calls:
             reason = "; ".join(filter(None, (reason, "not reached by the example inputs")))
         layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason))

@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from convsplit.forms import form_named
+from convsplit.latency import Conditions
 from convsplit.layers import resolve_rank
 from convsplit.options import Option
 from convsplit.spec import ConvSpec
-from convsplit.tables import Table, count, html_page_part, ratio, records_csv, records_pandas, share
+from convsplit.tables import (
+    Table,
+    count,
+    html_page_part,
+    milliseconds,
+    ratio,
+    records_csv,
+    records_pandas,
+    share,
+    times_faster,
+)
 
 FORMAT = 1  # raised when the JSON of plans changes so that older versions cannot read it
+KINDS = ("params", "macs", "latency", "error")  # of budgets
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,10 @@ class Budget:
     Args:
         params: parameters, as a fraction in (0, 1] of what the splittable convolutions have today.
         macs: multiply-accumulates, likewise; needs example inputs.
+        latency: measured milliseconds, likewise; needs example inputs.
         error: instead, the largest relative weight error any layer may have; the cheapest such plan is made.
         of: "splittable" measures the fraction against the convolutions that can be split, "model" against all of
-            the model's parameters (or all convolutions' MACs).
+            the model's parameters (or all its MACs or milliseconds).
 
     Raises:
         ValueError: none or several fractions, or one outside (0, 1].
@@ -43,13 +56,14 @@ class Budget:
     params: float | None = None
     macs: float | None = None
     error: float | None = None
+    latency: float | None = None
     of: str = "splittable"
 
     def __post_init__(self) -> None:
-        given = {key: getattr(self, key) for key in ("params", "macs", "error") if getattr(self, key) is not None}
+        given = {key: getattr(self, key) for key in KINDS if getattr(self, key) is not None}
         if len(given) != 1:
             got = ", ".join(f"{key}={value}" for key, value in given.items()) or "none"
-            raise ValueError(f"a budget is one of params=, macs= or error=; got {got}")
+            raise ValueError(f"a budget is one of params=, macs=, latency= or error=; got {got}")
         ((key, value),) = given.items()
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
             raise ValueError(f"Budget({key}={value!r}): want a fraction in (0, 1]; for a half, say {key}=0.5")
@@ -58,8 +72,8 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """Which of the fractions is given: "params", "macs" or "error"."""
-        return next(key for key in ("params", "macs", "error") if getattr(self, key) is not None)
+        """Which of the fractions is given: "params", "macs", "latency" or "error"."""
+        return next(key for key in KINDS if getattr(self, key) is not None)
 
     @property
     def fraction(self) -> float:
@@ -100,12 +114,21 @@ class PlannedLayer:
             return (None, None)
         return (self.dense.macs, self.option.macs)
 
+    @property
+    def milliseconds(self) -> tuple[float | None, float | None]:
+        """Milliseconds before and after, None where not measured."""
+        if self.dense is None or self.option is None:
+            return (None, None)
+        return (self.dense.milliseconds, self.option.milliseconds)
+
 
 @dataclass(frozen=True)
 class Plan:
     """What becomes of every convolution of a model; see `make_plan`.
 
     `model_params` and `model_macs` count the whole model; `budget` and `seed` say how the plan came about.
+    `model_milliseconds` are those of the whole model before and after, measured under `conditions`; both are None
+    where no time was measured.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -113,6 +136,8 @@ class Plan:
     model_macs: int | None = None
     budget: Budget | None = None
     seed: int = 0
+    model_milliseconds: tuple[float, float] | None = None
+    conditions: Conditions | None = None
 
     @property
     def split(self) -> tuple[PlannedLayer, ...]:
@@ -165,7 +190,8 @@ class Plan:
         # Weights only, as budgets count: the bias is the same on both sides.
         before = sum(layer.dense.params for layer in splittable if layer.dense is not None)
         after = sum(layer.option.params for layer in splittable if layer.option is not None)
-        macs: list[int | None] = [_sum(layer.macs[side] for layer in splittable) for side in (0, 1)]
+        macs: list[Any] = [_sum(layer.macs[side] for layer in splittable) for side in (0, 1)]
+        times: list[Any] = [_sum(layer.milliseconds[side] for layer in splittable) for side in (0, 1)]
         errors = [layer.option.error for layer in self.split if layer.option is not None]
         return {
             "params_before": before,
@@ -176,15 +202,18 @@ class Plan:
             "model_params_after": self.model_params - before + after,
             "model_macs_before": self.model_macs,
             "model_macs_after": _sum([self.model_macs, macs[1], None if macs[0] is None else -macs[0]]),
+            "milliseconds_before": times[0],
+            "milliseconds_after": times[1],
             "largest_error": max((e for e in errors if e is not None), default=0.0),
         }
 
     def table(self) -> Table:
         """One row per convolution."""
-        headings = ["layer", "kernel", "form", "R", "params", "->", "kept", "MACs", " ->", "error", "reason"]
-        return Table(
-            headings, [_row(layer) for layer in self.layers], frozenset({"layer", "kernel", "form", "reason"})
-        )
+        timed = self.conditions is not None
+        headings = ["layer", "kernel", "form", "R", "params", "->", "kept", "MACs", " ->"]
+        headings += [*(["ms", "  ->", "faster"] if timed else []), "error", "reason"]
+        rows = [_row(layer, timed) for layer in self.layers]
+        return Table(headings, rows, frozenset({"layer", "kernel", "form", "reason"}))
 
     def summary(self) -> str:
         """The totals in words."""
@@ -202,8 +231,20 @@ class Plan:
                 f"MACs of the splittable convolutions {count(t['macs_before'])} -> {count(t['macs_after'])}"
                 f" ({ratio(t['macs_after'], t['macs_before'])})"
             )
+        if self.conditions is not None:
+            lines.append(f"milliseconds of the splittable convolutions {self._times()}, {self.conditions}")
         lines.append(f"largest predicted relative weight error of a layer: {share(t['largest_error'])}")
         return "\n".join(lines)
+
+    def _times(self) -> str:
+        t = self.totals()
+        before, after = t["milliseconds_before"], t["milliseconds_after"]
+        text = f"{milliseconds(before)} -> {milliseconds(after)} ({ratio(after, before)})"
+        if self.model_milliseconds is None:
+            return text
+        slow, fast = self.model_milliseconds
+        text += f", of the model {milliseconds(slow)} -> {milliseconds(fast)} ({times_faster(slow, fast)})"
+        return text if fast <= slow else f"{text}: slower than before"
 
     def __str__(self) -> str:
         return f"{self.table().text()}\n\n{self.summary()}"
@@ -235,6 +276,8 @@ class Plan:
             "model_macs": self.model_macs,
             "budget": asdict(self.budget) if self.budget else None,
             "seed": self.seed,
+            "model_milliseconds": self.model_milliseconds,
+            "conditions": asdict(self.conditions) if self.conditions else None,
             "layers": [
                 {
                     "name": layer.name,
@@ -261,7 +304,12 @@ class Plan:
                 raise ValueError(f"it has format {data['format']}, this version reads {FORMAT}")
             layers = tuple(_layer_from_json(layer) for layer in data["layers"])
             budget = Budget(**data["budget"]) if data["budget"] else None
-            return cls(layers, int(data["model_params"]), data["model_macs"], budget, int(data["seed"]))
+            times, found = data.get("model_milliseconds"), data.get("conditions")
+            return cls(
+                layers, int(data["model_params"]), data["model_macs"], budget, int(data["seed"]),
+                None if times is None else (float(times[0]), float(times[1])),
+                None if found is None else Conditions(**found),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a plan of convsplit: {type(error).__name__}: {error}") from error
 
@@ -275,7 +323,7 @@ class Plan:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
-def _row(layer: PlannedLayer) -> list[str]:
+def _row(layer: PlannedLayer, timed: bool) -> list[str]:
     spec, option = layer.spec, layer.option
     kernel = (
         ""
@@ -285,13 +333,20 @@ def _row(layer: PlannedLayer) -> list[str]:
     if option is None or not layer.split or spec is None:
         before = "" if spec is None else count(layer.params[0])
         macs = "" if layer.dense is None else count(layer.macs[0])
-        return [layer.name, kernel, "dense", "", before, "", "", macs, "", "", layer.reason]
+        time = [milliseconds(layer.milliseconds[0]), "", ""] if timed else []
+        return [layer.name, kernel, "dense", "", before, "", "", macs, "", *time, "", layer.reason]
     before_, after = layer.params
     width = str(option.components) + ("" if option.even else " uneven")
     return [
         layer.name, kernel, option.form, width, count(before_), count(after), ratio(after, before_),
-        count(layer.macs[0]), count(layer.macs[1]), share(option.error), layer.reason,
+        count(layer.macs[0]), count(layer.macs[1]), *(_times(layer) if timed else []),
+        share(option.error), layer.reason,
     ]  # fmt: skip
+
+
+def _times(layer: PlannedLayer) -> list[str]:
+    slow, fast = layer.milliseconds
+    return [milliseconds(slow), milliseconds(fast), times_faster(slow, fast)]
 
 
 def _record(layer: PlannedLayer) -> dict[str, Any]:
@@ -304,12 +359,14 @@ def _record(layer: PlannedLayer) -> dict[str, Any]:
         "params_after": layer.params[1],
         "macs_before": layer.macs[0],
         "macs_after": layer.macs[1],
+        "milliseconds_before": layer.milliseconds[0],
+        "milliseconds_after": layer.milliseconds[1],
         "error": option.error if option else None,
         "reason": layer.reason,
     }
 
 
-def _sum(numbers: Any) -> int | None:
+def _sum(numbers: Any) -> Any:
     """The sum, or None where any number is unknown."""
     values = list(numbers)
     return None if not values or any(value is None for value in values) else sum(values)

@@ -48,6 +48,11 @@ def milliseconds(time: float | None) -> str:
     return "-" if time is None else f"{time:.0f}" if time >= 100 else f"{time:.3g}"
 
 
+def times_faster(before: float | None, after: float | None) -> str:
+    """How many times faster: `times_faster(3.0, 2.0) == "1.50x"`."""
+    return "-" if not before or not after else f"{before / after:.2f}x"
+
+
 def _three_digits(number: float) -> str:
     return f"{number:.{max(0, 2 - len(str(int(abs(number)))) + 1)}f}"
 

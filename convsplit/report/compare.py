@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from convsplit.forms import form_named
 from convsplit.kinds import equivalent
+from convsplit.latency import Timing, time_models
 from convsplit.layers import SeparableConv2d
 from convsplit.progress import track
 from convsplit.report.values import Drift, KeptLayer, LayerReport, Report
@@ -23,7 +24,6 @@ from convsplit.trace import (
     Forward,
     Trace,
     batches_in,
-    call,
     observe_calls,
     quiet_run,
     run_or_explain,
@@ -31,7 +31,7 @@ from convsplit.trace import (
     tensors_in,
 )
 
-TIMED_SECONDS = 1.0  # spent on timing each of the two models
+TIMED_SECONDS = 0.5  # of timing each of the two models, and once more for its layers
 
 
 def compare(
@@ -51,7 +51,8 @@ def compare(
         inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an iterable of those.
         forward: how to run a model on what `inputs` yields; for a loader of images and labels
             `lambda model, batch: model(batch[0])`.
-        time: also measure the median milliseconds of both models on the first batch, for about a second each.
+        time: also measure the median milliseconds of both models on the first batch, in turns, and of the split layers
+            within them, for some seconds.
         progress: show a progress bar; by default only on a terminal.
 
     MACs are those of the first batch. Both models are run in eval mode and left as they were.
@@ -69,13 +70,17 @@ def compare(
     meters = {name: (_Meter(), _Meter()) for name in pairs}
     whole, images, agreed, classified = _Meter(), 0, 0, 0
     calls: tuple[dict[str, tuple[Call, ...]], int, int] | None = None
-    milliseconds: tuple[float, float] | None = None
+    times: list[Timing] | None = None
     with quiet_run(model, converted):
         for batch in track(batches_in(inputs), "Comparing", progress=progress):
             if calls is None:
                 original_calls, original_macs = observe_calls(scratch_copy(model), batch, forward)
                 calls = (original_calls, original_macs, observe_calls(scratch_copy(converted), batch, forward)[1])
-                milliseconds = _milliseconds(model, converted, batch, forward) if time else None
+                if time:
+                    names = list(pairs)
+                    times = time_models(
+                        [model, converted], batch, layers=[names, names], forward=forward, seconds=TIMED_SECONDS
+                    )
             with _watch_original(pairs, meters) as features:
                 before = run_or_explain(model, batch, forward)
             with _watch_converted(pairs, meters, features):
@@ -86,7 +91,7 @@ def compare(
             agreed, classified = agreed + same, classified + seen
     if calls is None:
         raise ValueError("inputs yielded no batch: there is nothing to compare on")
-    layers = tuple(_layer_report(name, *pairs[name], calls[0].get(name, ()), *meters[name]) for name in pairs)
+    layers = tuple(_layer_report(name, *pairs[name], calls[0].get(name, ()), *meters[name], times) for name in pairs)
     return Report(
         model=type(model).__name__,
         layers=layers,
@@ -96,7 +101,7 @@ def compare(
         agreement=agreed / classified if classified else None,
         images=images,
         stored_bytes=(_bytes(model), _bytes(converted)),
-        milliseconds=milliseconds,
+        milliseconds=None if times is None else (times[0].total, times[1].total),
         kept=tuple(_kept(model, set(pairs))),
         notes=tuple(_notes(layers, whole)),
     )
@@ -207,6 +212,7 @@ def _layer_report(
     calls: tuple[Call, ...],
     local: _Meter,
     accumulated: _Meter,
+    times: list[Timing] | None,
 ) -> LayerReport:
     spec, form = layer.spec, form_named(layer.form)
     dense = ConvSpec.of(original) if isinstance(original, nn.Conv2d) else spec
@@ -218,6 +224,7 @@ def _layer_report(
     return LayerReport(
         name, layer.form, layer.components, (dense.params, parameter_count(layer)), macs,
         _weight_error(original, layer), local.drift(), accumulated.drift(),
+        (times[0].layers[name], times[1].layers[name]) if times and name in times[0].layers else None,
     )  # fmt: skip
 
 
@@ -253,18 +260,6 @@ def _bytes(module: nn.Module) -> int:
     found = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
     tensors = {tensor.untyped_storage().data_ptr() or id(tensor): tensor for tensor in found}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _milliseconds(model: nn.Module, converted: nn.Module, batch: Any, forward: Forward | None) -> tuple[float, float]:
-    """Median time of both models on a batch; Timer warms up and waits for the device."""
-    from torch.utils.benchmark import Timer  # its import looks for compilers, which takes long
-
-    medians = []
-    for each in (model, converted):
-        names = {"run": forward or call, "model": each, "batch": batch}
-        timer = Timer("run(model, batch)", globals=names, num_threads=torch.get_num_threads())
-        medians.append(1e3 * timer.blocked_autorange(min_run_time=TIMED_SECONDS).median)
-    return (medians[0], medians[1])
 
 
 def _kept(model: nn.Module, split: set[str]) -> Iterator[KeptLayer]:

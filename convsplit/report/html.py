@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from convsplit.report.curves import Curve, Frontier
 from convsplit.report.svg import Plot, axis, legend_key, percents
-from convsplit.tables import count, milliseconds, percent, ratio, share
+from convsplit.tables import count, milliseconds, percent, ratio, share, times_faster
 
 if TYPE_CHECKING:
     from convsplit.report.values import LayerReport, Report
@@ -46,7 +46,8 @@ def page(report: Report, frontier: Frontier | None = None) -> str:
         sign=SIGNS[report.verdict.level],
         tiles=_tiles(report),
         figures=_figures(report, frontier),
-        rows=[_row(layer) for layer in report.layers],
+        headings=_headings(report),
+        rows=[_row(layer, timed=_timed(report)) for layer in report.layers],
         frontier=frontier,
         curves=_curves(report, frontier),
         more_curves=max(0, len(frontier.curves) - MOST_CURVES) if frontier else 0,
@@ -74,16 +75,32 @@ def _tiles(report: Report) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _row(layer: LayerReport) -> dict[str, Any]:
+def _timed(report: Report) -> bool:
+    return any(layer.milliseconds for layer in report.layers)
+
+
+def _headings(report: Report) -> list[str]:
+    """Of the columns behind layer and form."""
+    times = ["Milliseconds", "Faster"] if _timed(report) else []
+    return ["R", "Parameters", "Kept", "MACs", *times, "Weight error", "Local drift", "Accumulated"]
+
+
+def _row(layer: LayerReport, *, timed: bool) -> dict[str, Any]:
     """Cells as (text, value to sort by)."""
     before, after = layer.params
     macs = layer.macs or (None, None)
     local, accumulated = (drift.relative if drift else None for drift in (layer.local, layer.accumulated))
+    slow, fast = layer.milliseconds or (None, None)
+    times = [
+        (f"{milliseconds(slow)} → {milliseconds(fast)}", slow),
+        (times_faster(slow, fast), slow / fast if slow and fast else None),
+    ]
     cells = [
         (str(layer.components), layer.components),
         (f"{count(before)} → {count(after)}", before),
         (ratio(after, before), after / before),
         (f"{count(macs[0])} → {count(macs[1])}", macs[0]),
+        *(times if timed else []),
         (share(layer.weight_error), layer.weight_error),
         (share(local), local),
         (share(accumulated), accumulated),

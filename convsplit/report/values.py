@@ -32,6 +32,7 @@ from convsplit.tables import (
     records_csv,
     records_pandas,
     share,
+    times_faster,
 )
 
 FORMAT = 1  # raised when the JSON of reports changes so that older versions cannot read it
@@ -53,7 +54,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One split layer: parameters and MACs before and after, relative weight error, local and accumulated drift."""
+    """One split layer: parameters and MACs before and after, relative weight error, local and accumulated drift.
+
+    `milliseconds` before and after are those within the two models, None where no time was measured.
+    """
 
     name: str
     form: str
@@ -63,6 +67,7 @@ class LayerReport:
     weight_error: float
     local: Drift | None
     accumulated: Drift | None
+    milliseconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,20 +145,10 @@ class Report:
 
     def table(self) -> Table:
         """One row per split layer."""
-        headings = [
-            "layer",
-            "form",
-            "R",
-            "params",
-            "->",
-            "kept",
-            "MACs",
-            " ->",
-            "weight error",
-            "local",
-            "accumulated",
-        ]
-        return Table(headings, [_row(layer) for layer in self.layers], frozenset({"layer", "form"}))
+        timed = any(layer.milliseconds for layer in self.layers)
+        headings = ["layer", "form", "R", "params", "->", "kept", "MACs", " ->"]
+        headings += [*(["ms", "  ->", "faster"] if timed else []), "weight error", "local", "accumulated"]
+        return Table(headings, [_row(layer, timed) for layer in self.layers], frozenset({"layer", "form"}))
 
     def summary(self) -> str:
         """The verdict and the drift of the output in words."""
@@ -231,18 +226,20 @@ class Report:
             kept = tuple(KeptLayer(**layer) for layer in data.pop("kept"))
             return cls(
                 layers=layers, params=params, macs=macs, drift=drift, notes=notes, kept=kept, stored_bytes=size,
-                milliseconds=None if times is None else (float(times[0]), float(times[1])), **data,
+                milliseconds=_times(times), **data,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a report of convsplit: {type(error).__name__}: {error}") from error
 
 
-def _row(layer: LayerReport) -> list[str]:
+def _row(layer: LayerReport, timed: bool) -> list[str]:
     before, after = layer.params
     macs = layer.macs or (None, None)
+    slow, fast = layer.milliseconds or (None, None)
+    times = [milliseconds(slow), milliseconds(fast), times_faster(slow, fast)] if timed else []
     return [
         layer.name, layer.form, str(layer.components), count(before), count(after), ratio(after, before),
-        count(macs[0]), count(macs[1]), share(layer.weight_error),
+        count(macs[0]), count(macs[1]), *times, share(layer.weight_error),
         share(layer.local.relative if layer.local else None),
         share(layer.accumulated.relative if layer.accumulated else None),
     ]  # fmt: skip
@@ -250,6 +247,7 @@ def _row(layer: LayerReport) -> list[str]:
 
 def _record(layer: LayerReport) -> dict[str, Any]:
     macs = layer.macs or (None, None)
+    times = layer.milliseconds or (None, None)
     return {
         "layer": layer.name,
         "form": layer.form,
@@ -258,6 +256,8 @@ def _record(layer: LayerReport) -> dict[str, Any]:
         "params_after": layer.params[1],
         "macs_before": macs[0],
         "macs_after": macs[1],
+        "milliseconds_before": times[0],
+        "milliseconds_after": times[1],
         "weight_error": layer.weight_error,
         "local_drift": layer.local.relative if layer.local else None,
         "accumulated_drift": layer.accumulated.relative if layer.accumulated else None,
@@ -288,6 +288,10 @@ def _pair(values: list[int]) -> tuple[int, int]:
     return (int(before), int(after))
 
 
+def _times(values: list[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (float(values[0]), float(values[1]))
+
+
 def _layer_from_json(data: dict[str, Any]) -> LayerReport:
     return LayerReport(
         name=data["name"],
@@ -298,4 +302,5 @@ def _layer_from_json(data: dict[str, Any]) -> LayerReport:
         weight_error=_number(data["weight_error"]),
         local=_drift(data["local"]),
         accumulated=_drift(data["accumulated"]),
+        milliseconds=_times(data.get("milliseconds")),
     )

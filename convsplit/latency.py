@@ -1,0 +1,351 @@
+"""Latency: what convolutions and their options cost in milliseconds, measured where they will run.
+
+Fewer MACs are a promise, not a speed: a depthwise stage is bound by memory, kernels of one layout are slow in the
+other, and a wide pointwise stage may cost more than the dense layer it replaces. So options are timed on the model's
+device, in its dtype and memory layout, with the present number of threads, at the shapes that the layer sees.
+
+Two kinds of measurement:
+
+* `Stopwatch`: a layer and a coarse grid of its options, alone and in turns (dense, first option, second option, dense,
+  ...), so that a machine that slows down slows them all. Between measured ranks milliseconds are interpolated.
+* `time_models`: whole models in turns, and each of their layers within its model, with the caches as they are there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convsplit.kinds import Equivalent, equivalent
+from convsplit.layers import ARRANGEMENTS, SeparableConv2d
+from convsplit.options import Menu, Option
+from convsplit.progress import track
+from convsplit.spec import ConvSpec
+from convsplit.trace import Batch, Forward, call, quiet_run, tensors_in
+
+COARSE = 5  # ranks of a form that are measured; the others are interpolated
+ROUNDS = 9  # in which all candidates take their turn
+LEAST_ROUNDS = 3
+TURN_SECONDS = 4e-3  # a turn repeats what is shorter
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What milliseconds were measured under; on another device, layout or number of threads they are others."""
+
+    device: str
+    dtype: str
+    layout: str
+    threads: int
+    training: bool = False
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        what = "forward and backward" if self.training else "inference"
+        return f"{what} on {self.device}, {self.dtype}, {self.layout}, {threads}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median milliseconds of a whole model, and of some of its modules within it (all calls of one run together)."""
+
+    total: float
+    layers: dict[str, float]
+
+
+@dataclass
+class Stopwatch:
+    """Measures the options of layers; equal layers once, and what it has measured it remembers.
+
+    Args:
+        seconds: about the longest that one `timed` may take. Every candidate is run at least four times.
+        training: time forward and backward passes instead of inference.
+    """
+
+    seconds: float = 30.0
+    training: bool = False
+    _known: dict[tuple[Any, ...], _Curves] = field(default_factory=dict, repr=False)
+
+    def timed(
+        self, model: nn.Module, menus: Sequence[Menu], conditions: Conditions, *, progress: bool | None = None
+    ) -> list[Menu]:
+        """The same menus with the milliseconds of every option, and the arrangement in which it takes those.
+
+        Sites that the example inputs never reached cost nothing.
+        """
+        modules = dict(model.named_modules())
+        cases = {
+            self._key(menu, shape, conditions): (menu, shape)
+            for menu in menus
+            for shape in dict.fromkeys(use.input_shape for use in menu.site.calls)
+        }
+        fresh = [key for key in cases if key not in self._known]
+        for key in track(fresh, "Measuring layers", progress=progress):
+            menu, shape = cases[key]
+            original = equivalent(modules[menu.site.name])
+            assert isinstance(original, Equivalent)
+            self._known[key] = self._measured(original, menu.options, shape, conditions, self.seconds / len(fresh))
+        return [self._filled(menu, conditions) for menu in menus]
+
+    def _key(self, menu: Menu, shape: Shape, conditions: Conditions) -> tuple[Any, ...]:
+        assert menu.site.spec is not None
+        forms = tuple(dict.fromkeys((option.form, option.even) for option in menu.options))
+        return (replace(menu.site.spec, bias=False), shape, conditions, self.training, forms)
+
+    def _filled(self, menu: Menu, conditions: Conditions) -> Menu:
+        curves = [self._known[self._key(menu, use.input_shape, conditions)] for use in menu.site.calls]
+        return replace(menu, options=tuple(_with_time(option, curves) for option in menu.options))
+
+    def _measured(
+        self, original: Equivalent, options: Sequence[Option], shape: Shape, conditions: Conditions, seconds: float
+    ) -> _Curves:
+        conv = original.conv
+        layout = torch.channels_last if conditions.layout == "channels_last" and len(shape) == 4 else None
+        x = torch.randn(shape, device=conv.weight.device).to(conv.weight.dtype)
+        x = x if layout is None else x.contiguous(memory_format=layout)
+        candidates: dict[_Candidate, nn.Module] = {_Candidate("", True, "stages", 0): _dense(original)}
+        for option in _coarse(options):
+            for arrangement in ARRANGEMENTS:
+                layer = SeparableConv2d.empty_like(
+                    conv, form=option.form, components=option.components, even=option.even, pad=original.pad
+                )
+                if layer.can_run(arrangement):
+                    layer.arrangement = arrangement
+                    name = _Candidate(option.form, option.even, arrangement, option.components)
+                    candidates[name] = with_noise(layer)
+        if layout is not None:
+            candidates = {name: module.to(memory_format=layout) for name, module in candidates.items()}
+        run = _forward_and_backward if self.training else _inference
+        turns = [run(module.train(self.training), x) for module in candidates.values()]
+        return _Curves.of(dict(zip(candidates, _milliseconds(turns, seconds), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    form: str
+    even: bool
+    arrangement: str
+    components: int
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """Milliseconds of the dense layer, and over R for each form in each arrangement."""
+
+    dense: float
+    points: dict[tuple[str, bool, str], tuple[list[int], list[float]]]
+
+    @classmethod
+    def of(cls, times: Mapping[_Candidate, float]) -> _Curves:
+        points: dict[tuple[str, bool, str], tuple[list[int], list[float]]] = {}
+        dense = 0.0
+        for candidate, time in sorted(times.items(), key=lambda item: item[0].components):
+            if not candidate.form:
+                dense = time
+                continue
+            key = (candidate.form, candidate.even, candidate.arrangement)
+            counts, milliseconds = points.setdefault(key, ([], []))
+            counts.append(candidate.components)
+            milliseconds.append(time)
+        return cls(dense, points)
+
+    def of_option(self, option: Option) -> dict[str, float]:
+        """Milliseconds by arrangement, linear in R between measured points."""
+        if option.dense:
+            return {"stages": self.dense}
+        return {
+            arrangement: float(np.interp(option.components, *points))
+            for (form, even, arrangement), points in self.points.items()
+            if (form, even) == (option.form, option.even)
+        }
+
+
+def _with_time(option: Option, curves: Sequence[_Curves]) -> Option:
+    """One arrangement serves all calls of a layer."""
+    totals: dict[str, float] = {}
+    for each in curves:
+        for arrangement, time in each.of_option(option).items():
+            totals[arrangement] = totals.get(arrangement, 0.0) + time
+    if not totals:
+        return replace(option, milliseconds=0.0)
+    best = min(totals, key=totals.__getitem__)
+    return replace(option, milliseconds=totals[best], arrangement=best)
+
+
+def _coarse(options: Sequence[Option]) -> Iterator[Option]:
+    """Of each form, some ranks from the smallest to the largest in equal ratios."""
+    forms = dict.fromkeys((option.form, option.even) for option in options if not option.dense)
+    for form, even in forms:
+        own = sorted((o for o in options if (o.form, o.even) == (form, even)), key=lambda o: o.components)
+        least, most = own[0].components, own[-1].components
+        wanted = [least * (most / least) ** (index / (COARSE - 1)) for index in range(COARSE)]
+        chosen = {min(own, key=lambda o: abs(math.log(o.components / count))) for count in wanted}
+        yield from sorted(chosen, key=lambda option: option.components)
+
+
+def _dense(original: Equivalent) -> nn.Module:
+    """A convolution like the original, without the hooks and attributes that a model's own may have."""
+    spec, weight = ConvSpec.of(original.conv), original.conv.weight
+    conv = nn.Conv2d(
+        spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.groups,
+        spec.bias, spec.padding_mode, device=weight.device, dtype=weight.dtype,
+    )  # fmt: skip
+    return conv if original.pad is None else nn.Sequential(original.pad, conv)
+
+
+@torch.no_grad()
+def with_noise(model: nn.Module) -> nn.Module:
+    """Random numbers of a fitting size in every split layer: for timing, where a factorisation would only take long."""
+    for layer in model.modules():
+        if isinstance(layer, SeparableConv2d):
+            for stage in layer.stages.values():
+                if isinstance(stage, nn.Conv2d):
+                    stage.weight.normal_(0, stage.weight[0].numel() ** -0.5)
+    return model
+
+
+def _inference(module: nn.Module, *inputs: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            for x in inputs:
+                module(x)
+
+    return run
+
+
+def _forward_and_backward(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    x = x.clone().requires_grad_()
+    parameters = [x, *(p.requires_grad_() for p in module.parameters())]
+
+    def run() -> None:
+        y = module(x)
+        torch.autograd.grad(y, parameters, torch.ones_like(y), allow_unused=True)
+
+    return run
+
+
+def fastest_arrangement(layer: SeparableConv2d, shapes: Sequence[Shape], *, seconds: float = 1.0) -> str:
+    """The arrangement in which a layer takes the least time on inputs of these shapes, in inference."""
+    possible = [name for name in ARRANGEMENTS if layer.can_run(name)]
+    weight = layer.depthwise.weight
+    inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in dict.fromkeys(shapes)]
+
+    turns = []
+    for name in possible:
+        candidate = copy.deepcopy(layer)
+        candidate.arrangement = name
+        turns.append(_inference(candidate, *inputs))
+    times = _milliseconds(turns, seconds)
+    return min(zip(times, possible, strict=True))[1]
+
+
+def _milliseconds(turns: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
+    """The median milliseconds of each, taken in turns, within about that many seconds."""
+    from torch.utils.benchmark import timer  # waits for the device; its import takes long
+
+    def turn(run: Callable[[], Any], repeats: int) -> float:
+        start = timer()
+        for _ in range(repeats):
+            run()
+        return (timer() - start) / repeats
+
+    begin = timer()
+    for run in turns:  # warm-up: kernels are picked and compiled
+        run()
+    repeats = [max(1, round(TURN_SECONDS / max(turn(run, 1), 1e-7))) for run in turns]
+    times: list[list[float]] = [[] for _ in turns]
+    for done in range(ROUNDS):
+        for run, count, kept in zip(turns, repeats, times, strict=True):
+            kept.append(turn(run, count))
+        spent = timer() - begin
+        if done + 1 >= LEAST_ROUNDS and spent * (done + 2) / (done + 1) > seconds:
+            break
+    return [1e3 * median(kept) for kept in times]
+
+
+def conditions_of(model: nn.Module, inputs: Batch, *, training: bool = False) -> Conditions:
+    """Where and how a model runs: its first parameter's device and dtype, its layout, the present threads."""
+    weight = next(model.parameters(), torch.zeros(()))
+    images = [t for t in (*tensors_in(inputs), *model.parameters()) if t.dim() == 4]
+    last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in images)
+    layout = "channels_last" if last else "contiguous"
+    dtype = str(weight.dtype).removeprefix("torch.")
+    device = "cpu" if weight.device.type == "cpu" else _device_name(weight.device)
+    return Conditions(device, dtype, layout, torch.get_num_threads(), training)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def time_models(
+    models: Sequence[nn.Module],
+    batch: Batch,
+    *,
+    layers: Sequence[Sequence[str]] | None = None,
+    forward: Forward | None = None,
+    seconds: float = 2.0,
+) -> list[Timing]:
+    """Time models in turns on a batch, in inference; `layers` names the modules of each to be timed within it.
+
+    Takes about `seconds` for each model (more where a few runs take longer) and leaves the models as they are.
+    """
+    run = forward or call
+
+    def plain(model: nn.Module) -> Callable[[], Any]:
+        return lambda: run(model, batch)
+
+    watched: list[dict[str, list[float]]] = [{name: [] for name in names} for names in layers or [()] * len(models)]
+
+    def inside(model: nn.Module, found: dict[str, list[float]]) -> Callable[[], Any]:
+        def once() -> None:
+            with _watched(model, found):
+                run(model, batch)
+
+        return once
+
+    turns = [plain(model) for model in models]
+    if layers is not None:
+        turns += [inside(model, found) for model, found in zip(models, watched, strict=True)]
+    with quiet_run(*models):
+        totals = _milliseconds(turns, seconds * len(turns))
+    found = [{name: 1e3 * median(times) for name, times in each.items() if times} for each in watched]
+    return [Timing(total, each) for total, each in zip(totals, found, strict=False)]
+
+
+@contextmanager
+def _watched(model: nn.Module, found: dict[str, list[float]]) -> Iterator[None]:
+    """Adds the seconds each module takes in one run of the model, all its calls together."""
+    from torch.utils.benchmark import timer
+
+    started: dict[str, list[float]] = {name: [] for name in found}
+    spent = dict.fromkeys(found, 0.0)
+    handles = []
+    for name in found:
+        module = model.get_submodule(name)
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:
+            started[name].append(timer())
+
+        def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            spent[name] += timer() - started[name].pop()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, seconds in spent.items():
+        found[name].append(seconds)

@@ -1,0 +1,181 @@
+"""Choosing by measured time: layers that would not get faster stay dense, and budgets of milliseconds are met.
+
+Options are measured alone (`Stopwatch`), the choice is then measured within the model, where caches and memory are
+shared, and made anew if it does not hold there. Split layers get random numbers for that, not factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from convsplit.allocate import allocate
+from convsplit.latency import Conditions, Stopwatch, Timing, conditions_of, time_models, with_noise
+from convsplit.options import Menu, Option
+from convsplit.plan import Budget, Plan, PlannedLayer
+from convsplit.rewrite import apply_plan
+from convsplit.tables import milliseconds
+from convsplit.trace import Batch
+
+PREFERENCES = ("accuracy", "speed")
+MARGIN = 0.97  # of the dense layer's time: what an option must stay below to count as faster
+TRIES = 5  # of making the choice anew
+CLOSE, TOLERANCE = 0.02, 0.05  # of the wanted fraction: what is aimed at, and what is accepted
+
+_HINT = '; options that are not measured faster than the dense layers were left out, prefer="accuracy" has them all'
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A choice with its measurements: one option per menu, of the whole model the time before and after."""
+
+    menus: list[Menu]
+    chosen: list[Option]
+    model_milliseconds: tuple[float, float]
+    conditions: Conditions
+
+
+def choose_by_time(
+    model: nn.Module,
+    example_inputs: Batch,
+    menus: Sequence[Menu],
+    budget: Budget | None,
+    *,
+    prefer: str,
+    stopwatch: Stopwatch,
+    model_params: int,
+    model_macs: int | None,
+    progress: bool | None = None,
+) -> Timed:
+    """Choose one option per menu as `allocate` does (or the closest, without a budget), by measured milliseconds.
+
+    With `prefer="speed"`, options that are not measured faster than the dense layer are taken out of the menus. The
+    milliseconds of the options chosen are those measured within the model.
+
+    Raises:
+        ValueError: as `allocate`; also where no choice is as fast within the model as a budget of latency asks.
+    """
+    conditions = conditions_of(model, example_inputs, training=stopwatch.training)
+    offered = stopwatch.timed(model, menus, conditions, progress=progress)
+    if prefer == "speed":
+        offered = [_faster_only(menu) for menu in offered]
+    asked, best = budget, None
+    by_latency = budget is not None and budget.kind == "latency"
+    (whole,) = time_models([model], example_inputs)
+    for attempt in range(TRIES):
+        try:
+            chosen = _choose(offered, asked, model_params, model_macs, whole.total)
+        except ValueError as error:
+            if best is not None and by_latency:  # asked for less than there is, on the way
+                break
+            raise ValueError(f"{error}{_HINT if prefer == 'speed' else ''}") from error
+        before, after = _measured(model, example_inputs, offered, chosen)
+        timed = _in_place(offered, chosen, before, after, conditions)
+        again = False
+        if prefer == "speed":  # the last try finds such layers with their dense option only
+            offered, again = _without_slower(offered, chosen, timed, narrower=1 - (attempt + 1) / (TRIES - 1))
+        if best is None or budget is None or not by_latency or _missed_by(timed, budget) < _missed_by(best, budget):
+            best = timed
+        if budget is not None and asked is not None and by_latency:
+            again = again or _missed_by(timed, budget) > CLOSE
+            asked = _asked_anew(timed, budget, asked)
+        if not again:
+            break
+    assert best is not None
+    if budget is not None and by_latency and _fraction(best, budget) > budget.fraction * (1 + TOLERANCE):
+        raise ValueError(
+            f"{budget!r} could not be reached: the best of {TRIES} tries kept {_fraction(best, budget):.3f} of the "
+            f"milliseconds, measured within the model ({conditions})"
+        )
+    return best
+
+
+def _faster_only(menu: Menu) -> Menu:
+    """The dense option and those that beat it."""
+    time = menu.dense.milliseconds or 0.0
+    faster = [option for option in menu.options[1:] if (option.milliseconds or 0.0) < MARGIN * time]
+    if faster or len(menu.options) == 1 or not time:
+        return replace(menu, options=(menu.dense, *faster))
+    quickest = min(option.milliseconds or 0.0 for option in menu.options[1:])
+    note = f"no option is faster: dense {milliseconds(time)} ms, the fastest {milliseconds(quickest)} ms"
+    return replace(menu, options=(menu.dense,), note=note)
+
+
+def _choose(
+    menus: list[Menu], budget: Budget | None, model_params: int, model_macs: int | None, model_milliseconds: float
+) -> list[Option]:
+    if budget is None:
+        return [closest_split(menu) for menu in menus]
+    return allocate(
+        menus, budget, model_params=model_params, model_macs=model_macs, model_milliseconds=model_milliseconds
+    )
+
+
+def closest_split(menu: Menu) -> Option:
+    """With a fixed rank nothing is traded: the form with the smallest error, dense only where none is allowed."""
+    return min(menu.options[1:], key=lambda option: (option.error, option.params), default=menu.dense)
+
+
+def _measured(
+    model: nn.Module, example_inputs: Batch, menus: list[Menu], chosen: list[Option]
+) -> tuple[Timing, Timing]:
+    """The model as it is and as chosen, and all layers that could be split within both."""
+    planned = tuple(
+        PlannedLayer(menu.site.name, menu.site.spec, menu.dense, option)
+        for menu, option in zip(menus, chosen, strict=True)
+    )
+    trial = with_noise(apply_plan(model, Plan(planned, 0), initialise=False, progress=False))
+    names = [menu.site.name for menu in menus if menu.site.calls]
+    before, after = time_models([model, trial], example_inputs, layers=[names, names])
+    return before, after
+
+
+def _in_place(
+    menus: list[Menu], chosen: list[Option], before: Timing, after: Timing, conditions: Conditions
+) -> Timed:
+    """The choice with the milliseconds measured within the model; a layer left dense takes what it took before."""
+    updated, options = [], []
+    for menu, option in zip(menus, chosen, strict=True):
+        name = menu.site.name
+        dense = replace(menu.dense, milliseconds=before.layers.get(name, 0.0))
+        updated.append(replace(menu, options=(dense, *menu.options[1:])))
+        options.append(dense if option.dense else replace(option, milliseconds=after.layers.get(name, 0.0)))
+    return Timed(updated, options, (before.total, after.total), conditions)
+
+
+def _without_slower(
+    menus: list[Menu], chosen: list[Option], timed: Timed, *, narrower: float
+) -> tuple[list[Menu], bool]:
+    """Where an option turned out slower within the model, keep only narrower ones, by a factor, of any form."""
+    kept, changed = [], False
+    for menu, option, place, found in zip(menus, chosen, timed.menus, timed.chosen, strict=True):
+        slow, fast = place.dense.milliseconds or 0.0, found.milliseconds or 0.0
+        if option.dense or fast < slow:
+            kept.append(menu)
+            continue
+        changed = True
+        left = tuple(o for o in menu.options if o.macs is None or o.dense or o.macs < narrower * (option.macs or 0))
+        text = f"slower within the model: dense {milliseconds(slow)} ms, {option.form} {milliseconds(fast)} ms"
+        kept.append(replace(menu, options=left, note=text if len(left) == 1 else menu.note))
+    return kept, changed
+
+
+def _fraction(timed: Timed, budget: Budget) -> float:
+    """What was kept of the milliseconds that the budget is a fraction of."""
+    if budget.of == "model":
+        return timed.model_milliseconds[1] / timed.model_milliseconds[0]
+    before = sum(menu.dense.milliseconds or 0.0 for menu in timed.menus)
+    return sum(option.milliseconds or 0.0 for option in timed.chosen) / max(before, 1e-12)
+
+
+def _missed_by(timed: Timed, budget: Budget) -> float:
+    """How far the fraction kept is from the one wanted, relative to it."""
+    return abs(_fraction(timed, budget) / budget.fraction - 1)
+
+
+def _asked_anew(timed: Timed, budget: Budget, asked: Budget) -> Budget:
+    """Ask for less where the choice took longer than predicted, and for more where it took less time."""
+    fraction = asked.fraction * budget.fraction / max(_fraction(timed, budget), 1e-6)
+    return Budget(latency=min(max(fraction, 1e-6), 1.0), of=budget.of)
