@@ -1,0 +1,133 @@
+"""for_inference: a model as it should be deployed: batch norm folded away, the fastest layout, nothing to train."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from convsplit.latency import fastest_arrangement, time_models
+from convsplit.layers import SeparableConv2d
+from convsplit.trace import Batch, Forward, deep_copy, observe_calls, same_globals, scratch_copy, trace
+
+M = TypeVar("M", bound=nn.Module)
+
+_FOLDS_INTO = (nn.Conv2d, SeparableConv2d)  # these types exactly: a subclass may do more than its weight says
+SECONDS = 2.0  # of timing each layout
+
+
+@same_globals()
+def for_inference(model: M, example_inputs: Batch = None, *, forward: Forward | None = None) -> M:
+    """A copy for inference: batch norm folded into the convolutions before it, and no parameter requires gradients.
+
+    Each `BatchNorm2d` that directly follows a `SeparableConv2d` or a `Conv2d`, and nothing else does, is taken into
+    that layer's last stage and replaced by `nn.Identity`; outputs stay the same up to rounding.
+
+    Args:
+        model: converted or not; it is not changed. It must have been trained: running statistics are what is folded.
+        example_inputs: inputs of the size it will see. The contiguous and the channels-last layout are then measured,
+            and the ways in which split layers can run, and the fastest are kept. Without them nothing is measured and
+            the layout stays.
+        forward: how to run the model on `example_inputs`.
+
+    Returns:
+        a module of the model's own class, in eval mode.
+
+    Raises:
+        TypeError: the model cannot be deep-copied.
+        ValueError: the model does not run on the example inputs.
+
+    Source: Jacob et al., "Quantization and training of neural networks", 2018 (1712.05877), section 3.2, for the
+    folding.
+
+    >>> import convsplit
+    >>> model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()).eval()
+    >>> deployed = for_inference(convsplit.convert(model))
+    >>> deployed[1]
+    Identity()
+    >>> type(deployed[0]).__name__, any(p.requires_grad for p in deployed.parameters())
+    ('SeparableConv2d', False)
+    """
+    copied = deep_copy(model).eval()
+    for conv, norm in list(_foldable(copied)):
+        _fold(copied, conv, norm)
+    copied.requires_grad_(False)
+    if example_inputs is not None:
+        _arrange(copied, example_inputs, forward)
+        copied = _in_fastest_layout(copied, example_inputs, forward)
+    return copied  # type: ignore[return-value]
+
+
+def _foldable(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of convolutions and of the batch norm behind each, where nothing else sees the value between."""
+    modules = dict(model.named_modules())
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    holders = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    graphs = trace(model).graphs
+    uses = Counter(
+        _target(part, node) for part, graph in graphs.items() for node in graph.nodes if node.op == "call_module"
+    )
+    for part, graph in graphs.items():
+        for node in graph.nodes:
+            conv, norm = _target(part, node), _target(part, _only_user(node))
+            if type(modules.get(conv)) not in _FOLDS_INTO or type(modules.get(norm)) is not nn.BatchNorm2d:
+                continue
+            pair = (modules[conv], modules[norm])
+            alone = all(names[id(m)] == 1 and not m._forward_hooks and not m._forward_pre_hooks for m in pair)
+            untied = all(holders[id(p)] == 1 for m in pair for p in m.parameters())
+            if alone and untied and uses[conv] == uses[norm] == 1 and pair[1].running_var is not None:
+                yield conv, norm
+
+
+def _target(part: str, node: fx.Node | None) -> str:
+    """The full name of the module that a node calls; empty for other nodes."""
+    if node is None or node.op != "call_module":
+        return ""
+    return f"{part}.{node.target}" if part else str(node.target)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _fold(model: nn.Module, conv: str, norm: str) -> None:
+    layer, batch_norm = model.get_submodule(conv), model.get_submodule(norm)
+    assert isinstance(batch_norm, nn.BatchNorm2d)
+    if isinstance(layer, SeparableConv2d):
+        layer.absorb(*_affine(batch_norm))
+    else:
+        assert isinstance(layer, nn.Conv2d)
+        fused = fuse_conv_bn_eval(layer, batch_norm)
+        layer.weight, layer.bias = fused.weight, fused.bias
+    model.set_submodule(norm, nn.Identity())
+
+
+@torch.no_grad()
+def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a batch norm in eval mode."""
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -scale * norm.running_mean
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def _arrange(model: nn.Module, example_inputs: Batch, forward: Forward | None) -> None:
+    """Give each split layer the arrangement that is measured fastest at the shapes it sees."""
+    calls, _ = observe_calls(scratch_copy(model), example_inputs, forward)
+    for name, layer in model.named_modules():
+        if isinstance(layer, SeparableConv2d) and name in calls and layer.can_run("repeated"):
+            layer.arrangement = fastest_arrangement(layer, [use.input_shape for use in calls[name]])
+
+
+def _in_fastest_layout(model: nn.Module, example_inputs: Any, forward: Forward | None) -> nn.Module:
+    layouts: Sequence[torch.memory_format] = (torch.contiguous_format, torch.channels_last)
+    candidates = [deep_copy(model).to(memory_format=layout) for layout in layouts]
+    times = time_models(candidates, example_inputs, forward=forward, seconds=SECONDS)
+    return min(zip(candidates, times, strict=True), key=lambda pair: pair[1].total)[0]
