@@ -2,6 +2,8 @@
 
 from convsplit.api import convert as convert
 from convsplit.api import make_plan as make_plan
+from convsplit.bench import Bench as Bench
+from convsplit.bench import bench as bench
 from convsplit.finetune import Distillation as Distillation
 from convsplit.finetune import Reconstructed as Reconstructed
 from convsplit.finetune import check_optimizer as check_optimizer
@@ -10,8 +12,10 @@ from convsplit.finetune import kernel_penalty as kernel_penalty
 from convsplit.finetune import parameter_groups as parameter_groups
 from convsplit.finetune import reconstruct as reconstruct
 from convsplit.frontier import frontier as frontier
+from convsplit.inference import for_inference as for_inference
 from convsplit.kinds import Equivalent as Equivalent
 from convsplit.kinds import register as register
+from convsplit.latency import Stopwatch as Stopwatch
 from convsplit.layers import SeparableConv2d as SeparableConv2d
 from convsplit.plan import Budget as Budget
 from convsplit.plan import Plan as Plan

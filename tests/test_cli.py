@@ -69,7 +69,7 @@ def test_from_plan_to_merged_weights(folder: Path, capsys: pytest.CaptureFixture
     dense.load_state_dict(torch.load("dense.pt", weights_only=True))
     torch.testing.assert_close(dense(x), wanted(x))
     capsys.readouterr()
-    for name, said in (("small.safetensors", "2 split layers"), ("plan.json", "are split")):
+    for name, said in (("small.safetensors", "1 split layer\n"), ("plan.json", "are split")):
         assert main(["inspect", name]) == 0
         assert said in capsys.readouterr().out
         assert main(["inspect", name, "--json"]) == 0
@@ -242,3 +242,25 @@ def test_completion_knows_every_command_and_option(shell: str, capsys: pytest.Ca
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture) -> None:
     assert main([command, "--help"]) == 0
     assert "exit codes" in capsys.readouterr().out
+
+
+def test_bench_prints_and_writes(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    cases = ["--batches", "1", "--threads", "1", "--layout", "contiguous", "--seconds", "0.5", "--prefer", "accuracy"]
+    given = ["bench", *NET, "--input", "1x3x9x9", "--budgets", "0.6", *cases]
+    assert main([*given, "--out", "bench.json", "--csv", "bench.csv"]) == 0
+    assert "of promised" in capsys.readouterr().out
+    assert len(json.loads(Path("bench.json").read_text())["rows"]) == 1
+    assert len(Path("bench.csv").read_text().splitlines()) == 2
+    assert main([*given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "Sequential"
+    assert main(["bench", *NET]) == 2
+    assert "--input 1x3x224x224" in capsys.readouterr().err
+    assert main([*given, "--batches", "0"]) == 2
+
+
+def test_plans_by_measured_time(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["plan", *NET, "--input", "1x3x9x9", "--budget", "latency=1.0"]
+    assert main(given) == 0
+    assert "milliseconds of the splittable convolutions" in capsys.readouterr().out
+    assert main(["plan", *NET, "--budget", "latency=0.5"]) == 1
+    assert "pass example_inputs" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from convsplit.cli.inputs import read_inputs
 from convsplit.cli.models import argument, load_model
 from convsplit.cli.parser import did_you_mean
 from convsplit.forms import FORMS
-from convsplit.plan import Budget, Plan
+from convsplit.plan import KINDS, Budget, Plan
+from convsplit.speed import PREFERENCES
 
 
 def model_arguments(parser: ArgumentParser) -> None:
@@ -47,9 +48,12 @@ def choice_arguments(parser: ArgumentParser) -> None:
     how = group.add_mutually_exclusive_group()
     how.add_argument(
         "--budget", metavar="KIND=FRACTION", type=budget,
-        help="params=0.5, macs=0.3 or error=0.05; with ,of=model measured against the whole model (params=0.5)",
+        help="params=0.5, macs=0.3, latency=0.5 or error=0.05; with ,of=model of the whole model (params=0.5)",
     )  # fmt: skip
     how.add_argument("--rank", type=rank, help='the same rank in every layer, or "full"')
+    group.add_argument(
+        "--prefer", choices=PREFERENCES, default="accuracy", help="speed: only what is measured faster (accuracy)"
+    )
     how.add_argument("--plan", metavar="FILE", type=Path, help="use this plan, as written by `convsplit plan --out`")
     forms_arguments(parser)
 
@@ -92,7 +96,7 @@ def inputs_of(args: Namespace) -> list[Any]:
 def required_inputs_of(args: Namespace) -> list[Any]:
     """Likewise, for commands that have to run the model."""
     if not args.input:
-        args.parser.error("drift is measured on inputs: give --input, such as --input 1x3x224x224")
+        args.parser.error("this command runs the model: give --input, such as --input 1x3x224x224")
     return inputs_of(args)
 
 
@@ -107,7 +111,7 @@ def plan_of(args: Namespace, model: nn.Module, inputs: list[Any]) -> Plan:
         return Plan.load(args.plan)
     return make_plan(
         model, inputs[0] if inputs else None, budget=args.budget, rank=args.rank, forms=args.forms, skip=args.skip,
-        seed=args.seed, progress=progress_of(args),
+        prefer=args.prefer, seed=args.seed, progress=progress_of(args),
     )  # fmt: skip
 
 
@@ -116,9 +120,9 @@ def budget(text: str) -> Budget:
     given: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
-        if not equals or key not in ("params", "macs", "error", "latency", "of"):
-            near = did_you_mean(key, ("params", "macs", "error"))
-            raise ArgumentTypeError(f"{part!r}: want params=, macs= or error= with a fraction: params=0.5{near}")
+        if not equals or key not in (*KINDS, "of"):
+            near = did_you_mean(key, KINDS)
+            raise ArgumentTypeError(f"{part!r}: want {'=, '.join(KINDS)}= with a fraction: params=0.5{near}")
         given[key] = value if key == "of" else _number(value)
     try:
         return Budget(**given)
@@ -144,6 +148,11 @@ def forms(text: str) -> tuple[str, ...]:
 def fractions(text: str) -> tuple[float, ...]:
     """Read `0.75,0.5,0.25`."""
     return tuple(_number(part) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Read `1,8`."""
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _number(text: str) -> float:

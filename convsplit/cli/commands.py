@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from convsplit.bench import LAYOUTS
+from convsplit.bench import bench as run_bench
 from convsplit.cli.arguments import (
     choice_arguments,
     forms_arguments,
@@ -19,6 +21,7 @@ from convsplit.cli.arguments import (
     inputs_of,
     model_arguments,
     model_of,
+    numbers,
     out_argument,
     output_arguments,
     plan_of,
@@ -30,7 +33,7 @@ from convsplit.cli.completion import SHELLS, completion_script
 from convsplit.cli.inspection import inspect_file
 from convsplit.cli.output import print_json, terminal_width, write, write_whole
 from convsplit.cli.parser import command
-from convsplit.frontier import BUDGETS
+from convsplit.frontier import BUDGETS, budget_of
 from convsplit.frontier import frontier as compute_frontier
 from convsplit.layers import SeparableConv2d
 from convsplit.plan import Plan
@@ -38,6 +41,7 @@ from convsplit.refit import refit as refit_layers
 from convsplit.report import compare
 from convsplit.rewrite import apply_plan
 from convsplit.rewrite import merge as merge_layers
+from convsplit.speed import PREFERENCES
 from convsplit.storage import load, save
 from convsplit.tables import Table, count, share
 
@@ -190,6 +194,45 @@ def frontier(args: Namespace) -> None:
     made = compute_frontier(
         model, inputs[0] if inputs else None, inputs=inputs or None, budgets=args.budgets, kind=args.kind,
         forms=args.forms, skip=args.skip, seed=args.seed, progress=progress_of(args),
+    )  # fmt: skip
+    if args.out:
+        write(args.out, made.to_json() + "\n")
+    if args.csv:
+        write(args.csv, made.to_csv())
+    print(made.to_json() if args.json else made.text(terminal_width()))
+
+
+def _bench_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("cases")
+    group.add_argument(
+        "--budgets", metavar="F,F,...", type=fractions, default=(0.5, 0.25), help="fractions to keep (0.5,0.25)"
+    )
+    group.add_argument("--kind", choices=("params", "macs", "latency"), default="macs", help="of what (macs)")
+    group.add_argument("--batches", metavar="N,N,...", type=numbers, default=(1, 8), help="images at once (1,8)")
+    group.add_argument("--threads", metavar="N,N,...", type=numbers, help="CPU threads (one, and all there are)")
+    group.add_argument("--layout", choices=LAYOUTS, help="only this memory layout (both)")
+    group.add_argument("--compile", action="store_true", help="also measure after torch.compile")
+    group.add_argument("--deployed", action="store_true", help="fold batch norm in both models first")
+    group.add_argument("--prefer", choices=PREFERENCES, default="speed", help="speed: only what is faster (speed)")
+    group.add_argument("--seconds", metavar="S", type=float, default=20.0, help="for the layers of each case (20)")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write one line per row")
+
+
+@command(
+    model_arguments, input_arguments, _bench_arguments, forms_arguments, seed_argument,
+    out_argument("write the figures as JSON"), output_arguments,
+)  # fmt: skip
+def bench(args: Namespace) -> None:
+    """Measure on this machine what conversion gains: dense against converted at several budgets.
+
+    example: convsplit bench torchvision.models:resnet18 --input 1x3x224x224 --budgets 0.5,0.25 --batches 1,8
+    """
+    inputs, model = required_inputs_of(args), model_of(args).eval()
+    made = run_bench(
+        model, inputs[0], budgets=[budget_of(args.kind, each) for each in args.budgets], batches=args.batches,
+        threads=args.threads, layouts=[args.layout] if args.layout else LAYOUTS, compiled=args.compile,
+        prefer=args.prefer, forms=args.forms, skip=args.skip, deployed=args.deployed, seconds=args.seconds,
+        progress=progress_of(args),
     )  # fmt: skip
     if args.out:
         write(args.out, made.to_json() + "\n")

@@ -66,7 +66,7 @@ def _shown(path: Path, data: dict[str, Any], width: int | None) -> str:
     rows = [_row(layer, data["numbers"]) for layer in data["layers"]]
     table = Table(["layer", "kernel", "form", "R", "numbers"], rows, frozenset({"layer", "kernel", "form"}))
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    total = f"{count(sum(data['numbers'].values()))} numbers, {len(rows)} split layers"
+    total = f"{count(sum(data['numbers'].values()))} numbers, {len(rows)} split layer{'s' * (len(rows) != 1)}"
     return f"{path}: {total}\nwritten with {versions}\n\n{table.text(width)}"
 
 

@@ -1,0 +1,85 @@
+"""What conversion gains in measured time: whole models, dense and converted in turns, in one run.
+
+    python benchmarks/latency.py [--networks NETWORKS.py] [--models vgg16_bn resnet18 resnet50] [--batches 1 8]
+
+Torchvision models at 224 x 224 have random weights: time does not depend on them, though the choice of layers to spend
+a budget on does. NETWORKS.py (as for benchmarks/accuracy.py) adds its ResNet-56 at batch 64. Prints Markdown: for each
+budget, layout and batch size the kept fraction of MACs, the milliseconds before and after, the speed-up, and which
+part of the speed-up that the MACs promise was reached; then, layer by layer, where that part is low.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from accuracy import load_networks
+from torch import Tensor, nn
+
+import convsplit
+from convsplit import Budget
+from convsplit.latency import Stopwatch
+from convsplit.tables import Table, times_faster
+
+BUDGETS = [Budget(macs=0.5), Budget(macs=0.25), Budget(latency=0.5)]
+Case = tuple[str, nn.Module, Tensor, list[int]]
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Name, model, an image, and batch sizes."""
+    if arguments.models:
+        import torchvision
+
+        for name in arguments.models:
+            model = torchvision.models.get_model(name, weights=None).eval()
+            yield name, model, torch.randn(1, 3, 224, 224), arguments.batches
+    if arguments.networks:
+        yield "ResNet-56", load_networks(arguments.networks).resnet(56), torch.randn(1, 3, 32, 32), [64]
+
+
+def layers(model: nn.Module, image: Tensor, batch: int) -> Table:
+    """At a quarter of the MACs, channels-last: equal layers together, those that keep least of the promise first."""
+    images = image.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    plan = convsplit.make_plan(
+        model, images, budget=Budget(macs=0.25), prefer="speed", stopwatch=Stopwatch(seconds=20)
+    )
+    model.to(memory_format=torch.contiguous_format)
+    found = {}
+    for layer in plan.split:
+        (slow, fast), (before, after) = layer.milliseconds, layer.macs
+        key = (layer.spec.weight_shape, layer.spec.stride, before, layer.option.form)
+        found.setdefault(key, []).append((slow, fast, after))
+    rows = []
+    for (shape, stride, before, form), each in found.items():
+        slow, fast, after = (sum(column) / len(each) for column in zip(*each, strict=True))
+        size = "x".join(map(str, shape)) + (f"/{stride[0]}" if stride != (1, 1) else "")
+        promised = before / after
+        rows.append(
+            (slow / fast / promised, [size, form, str(len(each)), f"{slow:.2f}", f"{fast:.2f}",
+             times_faster(slow, fast), f"{promised:.2f}x", f"{slow / fast / promised:.2f}"])
+        )  # fmt: skip
+    headings = ["kernel", "form", "layers", "ms", "->", "faster", "promised", "part"]
+    return Table(headings, [row for _, row in sorted(rows, key=lambda pair: pair[0])], frozenset({"kernel", "form"}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", help="a file with trained networks")
+    parser.add_argument("--models", nargs="*", default=["vgg16_bn", "resnet18", "resnet50"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--deployed", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name, model, image, batches in cases(arguments):
+        found = convsplit.bench(
+            model, image, budgets=BUDGETS, batches=batches, threads=[arguments.threads], compiled=arguments.compile,
+            deployed=arguments.deployed,
+        )  # fmt: skip
+        print(f"## {name}\n\n{found.table().markdown()}\n\n{found.summary()}\n", flush=True)
+        print(f"{layers(model, image, batches[0]).markdown()}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
