@@ -233,15 +233,16 @@ class _Loss:
         loss = self.of_outputs(answer, wanted)
         theirs, own = self.seen[id(self.teacher)], self.seen[id(self.student)]
         if own:
-            missed = [F.mse_loss(own[name], theirs[name]) / self._energy(name, theirs[name]) for name in own]
+            missed = [F.mse_loss(own[name], theirs[name]) / self.energies[name] for name in own]
             loss = loss + self.features * torch.stack(missed).mean()
         return loss if self.criterion is None else loss + self.criterion(answer, batch)
 
-    def _energy(self, name: str, feature: Tensor) -> Tensor:
-        """The mean square of a feature, of the first batch for all that follow: a pass over memory less each step."""
-        if name not in self.energies:
+    @torch.no_grad()
+    def measure_energies(self, batch: Batch) -> None:
+        """The mean square of each feature, on one batch for all that follow: a pass over memory less in each step."""
+        self.forward(self.teacher, batch)
+        for name, feature in self.seen[id(self.teacher)].items():
             self.energies[name] = feature.square().mean().clamp_min(1e-12)
-        return self.energies[name]
 
     def of_outputs(self, answer: Any, wanted: Any) -> Tensor:
         """The distance of outputs of any nesting."""
@@ -288,6 +289,7 @@ class _Run:
 
     def to_the_end(self, patience: int | None, checkpoint: Path | None, show: Callable[[float, str], None]) -> None:
         """Train and look at the held-out inputs now and then."""
+        self.loss.measure_energies(self.data.held_out[0])
         if not self.checks:
             self.check()
         since = time.perf_counter() - self.spent
