@@ -22,7 +22,7 @@ from convsplit.rewrite import apply_plan
 from convsplit.sites import Site, Skip, find_sites
 from convsplit.spec import parameter_count
 from convsplit.speed import PREFERENCES, choose_by_time, closest_split
-from convsplit.trace import Batch, Forward, same_globals, scratch_copy, trace
+from convsplit.trace import Batch, Forward, plain_arithmetic, same_globals, scratch_copy, trace
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,6 +92,7 @@ def convert(
 
 
 @same_globals()
+@plain_arithmetic()
 def make_plan(
     model: nn.Module,
     example_inputs: Batch = None,

@@ -12,7 +12,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from convsplit.latency import fastest_arrangement, time_models
 from convsplit.layers import SeparableConv2d
-from convsplit.trace import Batch, Forward, deep_copy, observe_calls, same_globals, scratch_copy, trace
+from convsplit.trace import (
+    Batch,
+    Forward,
+    deep_copy,
+    observe_calls,
+    plain_arithmetic,
+    same_globals,
+    scratch_copy,
+    trace,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,6 +30,7 @@ SECONDS = 2.0  # of timing each layout
 
 
 @same_globals()
+@plain_arithmetic()
 def for_inference(model: M, example_inputs: Batch = None, *, forward: Forward | None = None) -> M:
     """A copy for inference: batch norm folded into the convolutions before it, and no parameter requires gradients.
 

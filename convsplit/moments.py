@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from convsplit.trace import Batch, Forward, batches_in, quiet_run, run_or_explain, tensors_in
 
@@ -153,7 +154,12 @@ def checked_batches(batches: Any) -> list[Batch]:
     for index, batch in enumerate(data):
         if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors_in(batch)):
             raise ValueError(f"batch {index} holds NaN or infinite values: leave it out")
-    return data
+    return data if torch.is_inference_mode_enabled() else [tree_map(_outside_inference, batch) for batch in data]
+
+
+def _outside_inference(value: Any) -> Any:
+    """Tensors made in inference mode cannot be part of a graph outside of it, their copies can."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def thinning(positions: int, unknowns: int) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,7 +17,7 @@ from convsplit.layers import SeparableConv2d
 from convsplit.plan import Plan, PlannedLayer
 from convsplit.progress import ConversionWarning, track
 from convsplit.spec import ConvSpec
-from convsplit.trace import deep_copy, same_globals
+from convsplit.trace import deep_copy, plain_arithmetic, same_globals
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,6 +42,7 @@ _LEFT_BEHIND = {
 
 
 @same_globals()
+@plain_arithmetic()
 def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool | None = None) -> M:
     """A deep copy of the model with the layers of the plan split; the model itself is not touched.
 
@@ -74,6 +78,7 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
     return _copy_with(model, replacements)
 
 
+@plain_arithmetic()
 def merge(model: M) -> M:
     """A deep copy of a converted model with every split layer merged back into one `Conv2d`; exact to rounding.
 
@@ -124,7 +129,37 @@ def _copy_with(model: M, replacements: dict[str, nn.Module]) -> M:
     copied = deep_copy(model, memo)
     for name, new in replacements.items():
         _hand_over(name, modules[name], new, memo)
+    _warn_of_closures(model)
     return copied  # type: ignore[return-value]
+
+
+def _warn_of_closures(model: nn.Module) -> None:
+    """Deepcopy hands functions on as they are: a closure over part of the model goes on using the original's."""
+    own = {id(part) for module in model.modules() for part in (module, *module.parameters(recurse=False))}
+    found = [
+        f"{function.__qualname__} of {name or type(model).__name__}"
+        for name, module in model.named_modules()
+        for function in _functions(module)
+        if any(id(part) in own for part in _closed_over(function))
+    ]
+    if found:
+        text = f"functions that hold on to parts of the original model, and go on using those: {', '.join(found)}"
+        warnings.warn(text, ConversionWarning, stacklevel=5)
+
+
+def _functions(module: nn.Module) -> Iterator[FunctionType]:
+    """Plain functions among a module's attributes and hooks."""
+    values = list(vars(module).values())
+    for value in (*values, *(each for held in values if isinstance(held, dict) for each in held.values())):
+        if isinstance(value, FunctionType):
+            yield value
+
+
+def _closed_over(function: FunctionType) -> Iterator[Any]:
+    """What a function's closure holds; cells may be empty."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _hand_over(name: str, old: nn.Module, new: nn.Module, memo: dict[int, Any]) -> None:

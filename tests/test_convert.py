@@ -1,6 +1,7 @@
 """convert, make_plan, apply_plan, merge: the main job, end to end."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -300,3 +301,30 @@ def test_compare_refuses_nothing_and_strangers():
         convsplit.compare(model, convsplit.convert(model), [])
     with pytest.raises(ValueError, match="not its conversion"):
         convsplit.compare(nn.Sequential(nn.Conv2d(3, 3, 3)), convsplit.convert(model), images())
+
+
+def test_functions_that_hold_on_to_the_original_are_named():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    first = model[0]
+    model[2].register_forward_hook(lambda module, args, output: output + first.bias.sum())
+    with pytest.warns(convsplit.ConversionWarning, match=r"hold on to parts of the original model.*<lambda> of 2"):
+        convsplit.convert(model)
+    harmless = nn.Sequential(nn.Conv2d(8, 8, 3)).eval()
+    factor = 2.0
+    harmless[0].register_forward_hook(lambda module, args, output: output * factor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", convsplit.ConversionWarning)
+        convsplit.convert(harmless)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=str
+)
+def test_any_mode_around_a_conversion_gives_the_same_model(mode):
+    model, x = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval(), torch.randn(16, 8, 9, 9)
+    wanted = convsplit.convert(model, x[:1], calibration=x)
+    with mode():
+        found = convsplit.convert(model, x[:1], calibration=x)
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.state_dict().items())
+    assert all(parameter.requires_grad for parameter in found.parameters())
+    found(x).sum().backward()  # nothing of the mode sticks to the parameters

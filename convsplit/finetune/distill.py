@@ -24,7 +24,16 @@ from convsplit.layers import SeparableConv2d
 from convsplit.layout import channels_last, channels_last_weights
 from convsplit.moments import all_reduced
 from convsplit.storage import write_whole
-from convsplit.trace import Batch, Forward, batches_in, call, run_or_explain, same_globals, tensors_in
+from convsplit.trace import (
+    Batch,
+    Forward,
+    batches_in,
+    call,
+    plain_arithmetic,
+    run_or_explain,
+    same_globals,
+    tensors_in,
+)
 
 BATCH = 64  # rows of a batch where all inputs came as one tensor
 CHECKS = 20  # of the held-out drift in the course of the training
@@ -58,6 +67,7 @@ class Distillation:
         return min(self.checks, key=lambda check: check.loss)
 
 
+@plain_arithmetic()
 def distill(
     converted: nn.Module,
     teacher: nn.Module,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convsplit.finetune.blocks import Block, walk_blocks
 from convsplit.moments import checked_batches
 from convsplit.progress import track
-from convsplit.trace import Forward, quiet_run, run_or_explain
+from convsplit.trace import Forward, plain_arithmetic, quiet_run, run_or_explain
 
 BATCH = 64  # images per step
 WARM_UP = 0.1  # of the steps
@@ -28,6 +28,7 @@ class Reconstructed:
     after: float
 
 
+@plain_arithmetic()
 def reconstruct(
     converted: nn.Module,
     original: nn.Module,

@@ -27,7 +27,7 @@ from convsplit.refit.solve import Quadratic, best_bias, fit_factors, improved, q
 from convsplit.refit.tail import Tail
 from convsplit.refit.walk import walk
 from convsplit.sensitivity import measure_sensitivity
-from convsplit.trace import Forward, quiet_run, run_or_explain
+from convsplit.trace import Forward, plain_arithmetic, quiet_run, run_or_explain
 
 MEMORY_LIMIT = 2 << 30  # bytes of features kept between layers before the walk falls back to recomputing them
 STAGES = ("all", "last", "bias")
@@ -50,6 +50,7 @@ class Repaired:
     after: float
 
 
+@plain_arithmetic()
 @torch.no_grad()
 def refit(
     converted: nn.Module,

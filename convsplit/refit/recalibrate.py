@@ -10,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsplit.moments import all_reduced, checked_batches
 from convsplit.progress import track
-from convsplit.trace import Forward, quiet_run, run_or_explain
+from convsplit.trace import Forward, plain_arithmetic, quiet_run, run_or_explain
 
 
+@plain_arithmetic()
 def recalibrate(
     converted: nn.Module, batches: Any, *, forward: Forward | None = None, progress: bool | None = None
 ) -> None:
