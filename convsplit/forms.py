@@ -50,6 +50,12 @@ class Factors:
         inputs = None if self.inputs is None else self.inputs.to(dtype)
         return Factors(self.spatial.to(dtype), outputs, inputs, self.channels)
 
+    def norms(self) -> Tensor:
+        """The Frobenius norm [G, R] of each component's part of the kernel."""
+        norms: Tensor = self.spatial.norm(dim=2)
+        norms = norms if self.outputs is None else norms * self.outputs.norm(dim=1)
+        return norms if self.inputs is None else norms * self.inputs.norm(dim=2)
+
     def by_group(self) -> list[Factors]:
         """One `Factors` with G = 1 for each group."""
         parts = (self.spatial, self.outputs, self.inputs, self.channels)

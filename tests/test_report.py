@@ -64,6 +64,22 @@ def test_schema_names_every_field(report: convsplit.Report) -> None:
     assert set(schema["$defs"]["layer"]["properties"]) == set(written["layers"][0])
 
 
+def test_components_that_cancel_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3)).eval()
+    converted = convsplit.convert(model, forms="pw-dw-pw", rank=4)
+    report = convsplit.compare(model, converted, torch.randn(2, 8, 5, 5))
+    assert 0 < report.layers[0].largest_component < 2
+    assert "cancel" not in report.summary()
+    layer = converted[0]
+    with torch.no_grad():  # the first two components become large, and each other's negative
+        layer.pointwise_out.weight[:, 1] = -layer.pointwise_out.weight[:, 0]
+        layer.pointwise_in.weight[1] = layer.pointwise_in.weight[0]
+        layer.depthwise.weight[:2] = 100
+    report = convsplit.compare(model, converted, torch.randn(2, 8, 5, 5))
+    assert report.layers[0].largest_component > 10
+    assert "components of 0 cancel each other" in report.summary()
+
+
 def test_csv_and_pandas_have_a_row_per_layer(report: convsplit.Report) -> None:
     assert len(report.to_csv().splitlines()) == 1 + len(report.layers)
     pandas = pytest.importorskip("pandas")

@@ -31,6 +31,7 @@ from convsplit.trace import (
     tensors_in,
 )
 
+CANCELLING = 10.0  # of the kernel's norm: components above lose a digit of it to each other
 TIMED_SECONDS = 0.5  # of timing each of the two models, and once more for its layers
 
 
@@ -223,7 +224,7 @@ def _layer_report(
         macs = (before, after)
     return LayerReport(
         name, layer.form, layer.components, (dense.params, parameter_count(layer)), macs,
-        _weight_error(original, layer), local.drift(), accumulated.drift(),
+        _weight_error(original, layer), local.drift(), accumulated.drift(), _largest_component(layer),
         (times[0].layers[name], times[1].layers[name]) if times and name in times[0].layers else None,
     )  # fmt: skip
 
@@ -237,6 +238,12 @@ def _weight_error(original: nn.Module, layer: SeparableConv2d) -> float:
     return float((merged - dense).norm() / dense.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
+def _largest_component(layer: SeparableConv2d) -> float:
+    with torch.no_grad():
+        whole = layer.weight.double().norm()
+        return float(layer.factors().norms().double().max() / whole.clamp_min(torch.finfo(torch.float64).tiny))
+
+
 def _same_class(before: Any, after: Any) -> tuple[int, int]:
     """How many inputs get the same top-1 class, of how many; (0, 0) where the first output is not logits [N, C]."""
     y, z = next(tensors_in(before), None), next(tensors_in(after), None)
@@ -248,6 +255,13 @@ def _same_class(before: Any, after: Any) -> tuple[int, int]:
 def _notes(layers: tuple[LayerReport, ...], whole: _Meter) -> Iterator[str]:
     if not layers:
         yield "no layer is split"
+    cancelling = [layer.name for layer in layers if layer.largest_component > CANCELLING]
+    if cancelling:
+        yield (
+            f"components of {', '.join(cancelling)} cancel each other, with norms up to "
+            f"{max(layer.largest_component for layer in layers):.0f} times the kernel's: half precision and "
+            "quantisation will suffer; keep less or more there, or choose another form"
+        )
     missed = [layer.name for layer in layers if layer.local is None]
     if missed:
         yield f"not reached by these inputs: {', '.join(missed)}"
