@@ -125,7 +125,7 @@ NOT_RUN = {
     (name, "torch_compile") for name in ("resnet18", "mobilenet_v3_small", "timm_resnet10t", "fcos", "fcos_features")
 }
 # A detector takes lists of images, which have no batch dimension.
-NOT_RUN |= {("fcos", "torch_export_dynamic_batch"), ("fcos", "onnx_dynamic_batch")}
+NOT_RUN |= {("fcos", "torch_export_dynamic_batch"), ("fcos", "onnx_dynamic_batch"), ("fcos", "for_inference_onnx")}
 
 
 # Paths
@@ -252,6 +252,27 @@ def channels_last(model: nn.Module, args: Args) -> None:
 @path
 def merged(model: nn.Module, args: Args) -> None:
     assert_equal(outputs(convsplit.merge(model), args), outputs(model, args))
+
+
+@path
+def for_inference(model: nn.Module, args: Args) -> None:
+    deployed = convsplit.for_inference(model)
+    assert_equal(outputs(deployed, args), outputs(model, args))
+
+
+@path
+def for_inference_torch_export(model: nn.Module, args: Args) -> None:
+    torch_export(convsplit.for_inference(model), args)
+
+
+@path
+def for_inference_onnx(model: nn.Module, args: Args) -> None:
+    onnx(convsplit.for_inference(model), args)
+
+
+@path
+def for_inference_jit_trace(model: nn.Module, args: Args) -> None:
+    jit_trace(convsplit.for_inference(model), args)
 
 
 def attempt(model: nn.Module, take: str, args: Args) -> str:

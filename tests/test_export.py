@@ -21,6 +21,8 @@ FAILS_DENSE = {
     ("fcos", "torch_export_saved"): "torchvision: sizes depend on the boxes found",
     ("fcos", "torch_compile_fullgraph"): "torchvision: sizes depend on the boxes found",
     ("fcos", "onnx"): "torchvision: sizes depend on the boxes found",
+    ("fcos", "for_inference_torch_export"): "torchvision: sizes depend on the boxes found",
+    ("fcos", "for_inference_jit_trace"): "torch: traced functions return tensors only",
     ("fcos", "jit_trace"): "torch: traced functions return tensors only",
     ("fcos", "fx_trace"): "torch: control flow over images",
     ("fcos", "quantize_fx_graph_mode"): "torch: control flow over images",
@@ -35,6 +37,7 @@ QUICK_PATHS = (
     "autocast_bfloat16",
     "channels_last",
     "merged",
+    "for_inference",
 )
 QUICK = {("small", path) for path in (*QUICK_PATHS, "jit_trace", "torch_compile_fullgraph")}
 QUICK |= {(name, path) for name in ("unet", "resnet18") for path in QUICK_PATHS[2:]}
