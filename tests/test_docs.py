@@ -64,6 +64,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     built = model.build()
     return {
+        "__name__": "__main__",  # some decorators look their function's module up
         "torch": torch, "nn": nn, "convsplit": convsplit, "model": built, "images": images, "batches": [images],
         "build_model": model.build, "converted": convsplit.convert(built, forms="dw-pw", rank=2),
     }  # fmt: skip
