@@ -23,7 +23,7 @@ from convsplit import Budget
 from convsplit.finetune.reconstruct import schedule
 from convsplit.tables import Table
 
-LONG_WAYS = ["refitted, distilled", "refitted, reconstructed, distilled", "from scratch, labels"]
+LONG_WAYS = ["refitted, distilled", "refitted, reconstructed, distilled", "in two steps", "from scratch, labels"]
 
 
 def moved(images: Tensor) -> Tensor:
@@ -50,6 +50,21 @@ def from_scratch(model: nn.Module, images: Tensor, labels: Tensor, seconds: floa
         loss.backward()
         optimizer.step()
     return network.eval()
+
+
+def in_two_steps(
+    model: nn.Module, kept: float, seed: int, images: Tensor, few: list[Tensor], seconds: float
+) -> tuple[nn.Module, convsplit.Distillation]:
+    """Progressive conversion: to the root of the fraction, a third of the distillation, then the rest of both."""
+    halfway = convsplit.convert(model, images[:1], budget=Budget(params=kept**0.5), calibration=few, seed=seed)
+    convsplit.distill(halfway, model, images, epochs=10_000, seconds=seconds / 3, augment=moved, seed=seed)
+    dense = convsplit.merge(halfway)
+    network = convsplit.convert(dense, images[:1], budget=Budget(params=kept), calibration=few, seed=seed)
+    convsplit.refit(network, model, few, seed=seed)
+    course = convsplit.distill(
+        network, model, images, epochs=10_000, seconds=seconds * 2 / 3, augment=moved, seed=seed
+    )
+    return network, course
 
 
 Way = tuple[str, nn.Module, float, convsplit.Distillation | None]
@@ -83,6 +98,11 @@ def ways(
         network, start = copy.deepcopy(begin), time.perf_counter()
         course = convsplit.distill(network, model, images, epochs=10_000, seconds=seconds, augment=moved, seed=seed)
         yield way, network, since(start), course
+
+    if "in two steps" in arguments.ways:
+        start = time.perf_counter()
+        network, course = in_two_steps(model, kept, seed, images, few, arguments.seconds)
+        yield "in two steps", network, since(start), course
 
     if "from scratch, labels" in arguments.ways:
         start = time.perf_counter()
