@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import convsplit
 from convsplit import Budget
+from convsplit.bench import LAYOUTS
 from convsplit.latency import Stopwatch
 from convsplit.tables import Table, times_faster
 
@@ -68,17 +69,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["vgg16_bn", "resnet18", "resnet50"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
+    parser.add_argument("--no-layers", action="store_true", help="leave the table of layers out")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--deployed", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name, model, image, batches in cases(arguments):
-        found = convsplit.bench(
-            model, image, budgets=BUDGETS, batches=batches, threads=[arguments.threads], compiled=arguments.compile,
-            deployed=arguments.deployed,
-        )  # fmt: skip
-        print(f"## {name}\n\n{found.table().markdown()}\n\n{found.summary()}\n", flush=True)
-        print(f"{layers(model, image, batches[0]).markdown()}\n", flush=True)
+        print(f"## {name}\n", flush=True)
+        for batch in batches:  # one by one, so that an interrupted run leaves what it has measured
+            found = convsplit.bench(
+                model, image, budgets=BUDGETS, batches=[batch], threads=[arguments.threads],
+                layouts=arguments.layouts, compiled=arguments.compile, deployed=arguments.deployed,
+            )  # fmt: skip
+            print(f"{found.table().markdown()}\n\n{found.summary()}\n", flush=True)
+        if not arguments.no_layers:
+            print(f"{layers(model, image, batches[0]).markdown()}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _arrange(model: nn.Module, example_inputs: Batch, forward: Forward | None) -
     """Give each split layer the arrangement that is measured fastest at the shapes it sees."""
     calls, _ = observe_calls(scratch_copy(model), example_inputs, forward)
     for name, layer in model.named_modules():
-        if isinstance(layer, SeparableConv2d) and name in calls and layer.can_run("repeated"):
+        if isinstance(layer, SeparableConv2d) and name in calls:
             layer.arrangement = fastest_arrangement(layer, [use.input_shape for use in calls[name]])
 
 

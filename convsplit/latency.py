@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,10 +33,12 @@ from convsplit.progress import track
 from convsplit.spec import ConvSpec
 from convsplit.trace import Batch, Forward, call, quiet_run, tensors_in
 
-COARSE = 5  # ranks of a form that are measured; the others are interpolated
+COARSE, COARSER = 5, 3  # ranks of a form that are measured, and of slow layers; the others are interpolated
 ROUNDS = 9  # in which all candidates take their turn
 LEAST_ROUNDS = 3
 TURN_SECONDS = 4e-3  # a turn repeats what is shorter
+HOPELESS = 1.5  # times as slow as the dense layer: one run tells
+LARGE = 2**20  # numbers in a feature map: smaller ones stay in the cache anyway, and are not tried image by image
 
 Shape = tuple[int, ...]
 
@@ -69,7 +72,8 @@ class Stopwatch:
     """Measures the options of layers; equal layers once, and what it has measured it remembers.
 
     Args:
-        seconds: about the longest that one `timed` may take. Every candidate is run at least four times.
+        seconds: about the longest that one `timed` may take. Of slow layers fewer ranks are measured, but every
+            candidate is run at least twice, but for those that are much slower than the dense layer.
         training: time forward and backward passes instead of inference.
     """
 
@@ -114,13 +118,14 @@ class Stopwatch:
         layout = torch.channels_last if conditions.layout == "channels_last" and len(shape) == 4 else None
         x = torch.randn(shape, device=conv.weight.device).to(conv.weight.dtype)
         x = x if layout is None else x.contiguous(memory_format=layout)
-        candidates: dict[_Candidate, nn.Module] = {_Candidate("", True, "stages", 0): _dense(original)}
-        for option in _coarse(options):
+        dense = _dense(original)
+        candidates: dict[_Candidate, nn.Module] = {_Candidate("", True, "stages", 0): dense}
+        for option in _coarse(options, COARSE if _seconds(dense, x) < seconds / 100 else COARSER):
             for arrangement in ARRANGEMENTS:
                 layer = SeparableConv2d.empty_like(
                     conv, form=option.form, components=option.components, even=option.even, pad=original.pad
                 )
-                if layer.can_run(arrangement):
+                if _worth_trying(layer, arrangement, shape):
                     layer.arrangement = arrangement
                     name = _Candidate(option.form, option.even, arrangement, option.components)
                     candidates[name] = with_noise(layer)
@@ -128,7 +133,8 @@ class Stopwatch:
             candidates = {name: module.to(memory_format=layout) for name, module in candidates.items()}
         run = _forward_and_backward if self.training else _inference
         turns = [run(module.train(self.training), x) for module in candidates.values()]
-        return _Curves.of(dict(zip(candidates, _milliseconds(turns, seconds), strict=True)))
+        taken = _milliseconds(turns, seconds, least_rounds=1, hopeless=HOPELESS)
+        return _Curves.of(dict(zip(candidates, taken, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -150,14 +156,14 @@ class _Curves:
     def of(cls, times: Mapping[_Candidate, float]) -> _Curves:
         points: dict[tuple[str, bool, str], tuple[list[int], list[float]]] = {}
         dense = 0.0
-        for candidate, time in sorted(times.items(), key=lambda item: item[0].components):
+        for candidate, taken in sorted(times.items(), key=lambda item: item[0].components):
             if not candidate.form:
-                dense = time
+                dense = taken
                 continue
             key = (candidate.form, candidate.even, candidate.arrangement)
             counts, milliseconds = points.setdefault(key, ([], []))
             counts.append(candidate.components)
-            milliseconds.append(time)
+            milliseconds.append(taken)
         return cls(dense, points)
 
     def of_option(self, option: Option) -> dict[str, float]:
@@ -175,22 +181,37 @@ def _with_time(option: Option, curves: Sequence[_Curves]) -> Option:
     """One arrangement serves all calls of a layer."""
     totals: dict[str, float] = {}
     for each in curves:
-        for arrangement, time in each.of_option(option).items():
-            totals[arrangement] = totals.get(arrangement, 0.0) + time
+        for arrangement, taken in each.of_option(option).items():
+            totals[arrangement] = totals.get(arrangement, 0.0) + taken
     if not totals:
         return replace(option, milliseconds=0.0)
     best = min(totals, key=totals.__getitem__)
     return replace(option, milliseconds=totals[best], arrangement=best)
 
 
-def _coarse(options: Sequence[Option]) -> Iterator[Option]:
+def _worth_trying(layer: SeparableConv2d, arrangement: str, shape: Shape) -> bool:
+    if arrangement == "by image":
+        images, _, height, width = shape if len(shape) == 4 else (1, *shape)
+        return images > 1 and images * layer.components * height * width > LARGE
+    return layer.can_run(arrangement)
+
+
+def _seconds(module: nn.Module, x: Tensor) -> float:
+    """Roughly, what one run takes."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        module(x)
+    return time.perf_counter() - start
+
+
+def _coarse(options: Sequence[Option], count: int) -> Iterator[Option]:
     """Of each form, some ranks from the smallest to the largest in equal ratios."""
     forms = dict.fromkeys((option.form, option.even) for option in options if not option.dense)
     for form, even in forms:
         own = sorted((o for o in options if (o.form, o.even) == (form, even)), key=lambda o: o.components)
         least, most = own[0].components, own[-1].components
-        wanted = [least * (most / least) ** (index / (COARSE - 1)) for index in range(COARSE)]
-        chosen = {min(own, key=lambda o: abs(math.log(o.components / count))) for count in wanted}
+        wanted = [least * (most / least) ** (index / (count - 1)) for index in range(count)]
+        chosen = {min(own, key=lambda o: abs(math.log(o.components / size))) for size in wanted}
         yield from sorted(chosen, key=lambda option: option.components)
 
 
@@ -237,7 +258,7 @@ def _forward_and_backward(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def fastest_arrangement(layer: SeparableConv2d, shapes: Sequence[Shape], *, seconds: float = 1.0) -> str:
     """The arrangement in which a layer takes the least time on inputs of these shapes, in inference."""
-    possible = [name for name in ARRANGEMENTS if layer.can_run(name)]
+    possible = [name for name in ARRANGEMENTS if any(_worth_trying(layer, name, shape) for shape in shapes)]
     weight = layer.depthwise.weight
     inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in dict.fromkeys(shapes)]
 
@@ -250,8 +271,17 @@ def fastest_arrangement(layer: SeparableConv2d, shapes: Sequence[Shape], *, seco
     return min(zip(times, possible, strict=True))[1]
 
 
-def _milliseconds(turns: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """The median milliseconds of each, taken in turns, within about that many seconds."""
+def _milliseconds(
+    turns: Sequence[Callable[[], Any]],
+    seconds: float,
+    *,
+    least_rounds: int = LEAST_ROUNDS,
+    hopeless: float = math.inf,
+) -> list[float]:
+    """The median milliseconds of each, taken in turns, within about that many seconds.
+
+    What takes `hopeless` times as long as the first turn already when it is warmed up is not run again.
+    """
     from torch.utils.benchmark import timer  # waits for the device; its import takes long
 
     def turn(run: Callable[[], Any], repeats: int) -> float:
@@ -261,15 +291,18 @@ def _milliseconds(turns: Sequence[Callable[[], Any]], seconds: float) -> list[fl
         return (timer() - start) / repeats
 
     begin = timer()
-    for run in turns:  # warm-up: kernels are picked and compiled
-        run()
-    repeats = [max(1, round(TURN_SECONDS / max(turn(run, 1), 1e-7))) for run in turns]
-    times: list[list[float]] = [[] for _ in turns]
+    once = []
+    for run in turns:  # the first time is warm-up: kernels are picked and compiled
+        first = turn(run, 1)
+        once.append(first if first > 10 * TURN_SECONDS else turn(run, 1))
+    repeats = [max(1, round(TURN_SECONDS / max(taken, 1e-7))) for taken in once]
+    promising = [index for index, taken in enumerate(once) if taken <= hopeless * once[0]]
+    times: list[list[float]] = [[] if index in promising else [taken] for index, taken in enumerate(once)]
     for done in range(ROUNDS):
-        for run, count, kept in zip(turns, repeats, times, strict=True):
-            kept.append(turn(run, count))
+        for index in promising:
+            times[index].append(turn(turns[index], repeats[index]))
         spent = timer() - begin
-        if done + 1 >= LEAST_ROUNDS and spent * (done + 2) / (done + 1) > seconds:
+        if done + 1 >= least_rounds and spent * (done + 2) / (done + 1) > seconds:
             break
     return [1e3 * median(kept) for kept in times]
 
@@ -315,9 +348,11 @@ def time_models(
 
         return once
 
-    turns = [plain(model) for model in models]
-    if layers is not None:
-        turns += [inside(model, found) for model, found in zip(models, watched, strict=True)]
+    turns = [inside(model, found) for model, found in zip(models, watched, strict=True)]
+    if layers is None:
+        turns = [plain(model) for model in models]
+    elif any(t.device.type != "cpu" for t in tensors_in(batch)):  # waiting for each layer would add to the totals
+        turns = [*(plain(model) for model in models), *turns]
     with quiet_run(*models):
         totals = _milliseconds(turns, seconds * len(turns))
     found = [{name: 1e3 * median(times) for name, times in each.items() if times} for each in watched]

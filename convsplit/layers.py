@@ -25,10 +25,13 @@ from torch.nn import functional as F
 from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
 from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
 
-# Ways to run the same stages: as they are, or, where channels have m > 1 components each, as m true depthwise
-# convolutions, one for the j-th component of all channels, whose results are added up. Kernels for m > 1 leave the
-# fast paths of CPU libraries (benchmarks/results/latency.md). Neither parameters nor their names depend on it.
-ARRANGEMENTS = ("stages", "repeated")
+# Ways to run the same stages; neither parameters nor their names depend on it (figures: benchmarks/results/latency.md).
+#   stages    as they are
+#   repeated  where channels have m > 1 components each: m true depthwise convolutions, one for the j-th component of
+#             all channels, their results added up. Kernels for m > 1 leave the fast paths of CPU libraries.
+#   by image  all stages of one image, then of the next: what passes between stages stays in the cache, and is too
+#             small for memory to be fetched from the system anew. Recorded graphs have the stages as they are.
+ARRANGEMENTS = ("stages", "repeated", "by image")
 
 _STAGES = ("gather", "pointwise_in", "pad", "depthwise", "pointwise_out", "sum")
 
@@ -196,6 +199,11 @@ class SeparableConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._arrangement == "repeated":
             return self._repeated(x)
+        if self._arrangement == "by image" and not _is_traced(x) and x.dim() == 4 and len(x) > 1:
+            return torch.cat([self._in_order(image) for image in torch.split(x, 1)])
+        return self._in_order(x)
+
+    def _in_order(self, x: Tensor) -> Tensor:
         for stage in self.stages.values():
             x = stage(x)
         return x
@@ -227,14 +235,14 @@ class SeparableConv2d(nn.Module):
         if name not in ARRANGEMENTS:
             raise ValueError(f"unknown arrangement {name!r}; there are {', '.join(map(repr, ARRANGEMENTS))}")
         if not self.can_run(name):
-            raise ValueError(f'a {self.form} layer with {self.extra_repr()} runs as "stages" only')
+            raise ValueError(f'"{name}" is for equal multiplicities above 1; this is {self.extra_repr()}')
         self._arrangement = name
 
     def can_run(self, arrangement: str) -> bool:
         """Whether this layer has an arrangement: "repeated" is for equal multiplicities above 1."""
         form = form_named(self.form)
         two_stages = not (form.expands and form.projects)
-        return arrangement == "stages" or (two_stages and self.even and cast(int, self.rank) > 1)
+        return arrangement != "repeated" or (two_stages and self.even and cast(int, self.rank) > 1)
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -478,6 +486,12 @@ class SeparableConv2d(nn.Module):
         text += f", padding_mode={s.padding_mode!r}" if s.padding_mode != "zeros" else ""
         text += ", bias=False" if not s.bias else ""
         return f"{text}, form={self.form!r}, {rank}"
+
+
+def _is_traced(x: Tensor | fx.Proxy) -> bool:
+    """Whether a graph is being recorded, which should not depend on the number of images."""
+    recording = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return recording or torch.onnx.is_in_onnx_export() or isinstance(x, fx.Proxy)
 
 
 def resolve_rank(form: Form, spec: ConvSpec, rank: int | None, components: int | None) -> tuple[int, bool]:

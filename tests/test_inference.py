@@ -113,7 +113,7 @@ def test_with_inputs_layout_and_arrangement_are_measured() -> None:
     net = trained(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)), torch.float32)
     converted = convsplit.convert(net, rank=2, forms="dw-pw")
     deployed = convsplit.for_inference(converted, torch.randn(1, 16, 12, 12))
-    assert deployed[0].arrangement in ("stages", "repeated")
+    assert deployed[0].arrangement in ("stages", "repeated", "by image")
     with torch.no_grad():
         x = torch.randn(3, 16, 10, 10)
         torch.testing.assert_close(deployed(x), converted(x), rtol=1e-4, atol=1e-4)

@@ -60,11 +60,36 @@ def test_repeated_stages_give_the_same_answer_and_the_same_state(form: str, rank
     torch.testing.assert_close(torch.jit.trace(layer, x)(x), wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["dw-pw", "pw-dw", "pw-dw-pw"])
+@pytest.mark.parametrize("components", [8, 11, 16])
+def test_image_by_image_gives_the_same_answer_and_is_not_seen_in_graphs(form: str, components: int) -> None:
+    torch.manual_seed(0)
+    layer = SeparableConv2d(8, 8, 3, padding=1, form=form, components=components, dtype=torch.float64)
+    x = torch.randn(3, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+    wanted, keys = layer(x), list(layer.state_dict())
+    (gradient,) = torch.autograd.grad(wanted.square().sum(), x)
+    layer.arrangement = "by image"
+    assert list(layer.state_dict()) == keys
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), x)[0], gradient, rtol=1e-12, atol=1e-12)
+    assert layer(x[0]).shape == wanted[0].shape
+    assert layer(x[:0]).shape == (0, *wanted.shape[1:])
+    many = torch.randn(7, 8, 9, 9, dtype=torch.float64)
+    batch = torch.export.Dim("batch")
+    recorded = [
+        torch.jit.trace(layer, x),
+        torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module(),
+        torch.fx.symbolic_trace(layer),
+    ]
+    for graph in recorded:  # with no trace of how many images there were
+        torch.testing.assert_close(graph(many), layer(many), rtol=1e-12, atol=1e-12)
+
+
 def test_arrangements_that_do_not_exist_are_refused() -> None:
     layer = SeparableConv2d(8, 8, 3, form="pw-dw-pw", rank=4)
-    with pytest.raises(ValueError, match='runs as "stages" only'):
+    with pytest.raises(ValueError, match="equal multiplicities above 1"):
         layer.arrangement = "repeated"
-    with pytest.raises(ValueError, match="'stages', 'repeated'"):
+    with pytest.raises(ValueError, match="'stages', 'repeated', 'by image'"):
         layer.arrangement = "sideways"
 
 
