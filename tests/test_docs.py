@@ -65,9 +65,15 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     built = model.build()
     return {
         "__name__": "__main__",  # some decorators look their function's module up
-        "torch": torch, "nn": nn, "convsplit": convsplit, "model": built, "images": images, "batches": [images],
-        "build_model": model.build, "converted": convsplit.convert(built, forms="dw-pw", rank=2),
-    }  # fmt: skip
+        "torch": torch,
+        "nn": nn,
+        "convsplit": convsplit,
+        "model": built,
+        "images": images,
+        "batches": list(images.split(4)),
+        "build_model": model.build,
+        "converted": convsplit.convert(built, forms="dw-pw", rank=2),
+    }
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
