@@ -128,7 +128,7 @@ def test_schedule_warms_up_and_ends_at_zero():
 # ------------------------------------------------------------------------------------------------ distillation
 
 
-@pytest.mark.parametrize("options", [{}, {"train": "split"}, {"features": 0.0}, {"freeze_norms": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"train": "split"}, {"features": 1.0}, {"freeze_norms": False}], ids=str)
 def test_distillation_lowers_the_loss(options):
     model, converted = converted_net()
     others = {k: v.clone() for k, v in converted.named_parameters() if "head" in k or "bn" in k}
@@ -161,7 +161,7 @@ def test_the_same_seed_gives_the_same_and_the_best_weights_are_kept():
 def test_an_interrupted_run_keeps_the_best_and_resumes(tmp_path):
     model, converted = converted_net()
     whole, halves = copy.deepcopy(converted), copy.deepcopy(converted)
-    convsplit.distill(whole, model, images(256), epochs=4, lr=3e-3)
+    convsplit.distill(whole, model, images(256), epochs=4, lr=3e-3, features=1.0)
     calls = itertools.count()
 
     def interrupt(batch):
@@ -170,7 +170,7 @@ def test_an_interrupted_run_keeps_the_best_and_resumes(tmp_path):
         return batch
 
     path = tmp_path / "distill.pt"
-    arguments = {"epochs": 4, "lr": 3e-3, "checkpoint": path}
+    arguments = {"epochs": 4, "lr": 3e-3, "features": 1.0, "checkpoint": path}
     with pytest.raises(KeyboardInterrupt):
         convsplit.distill(halves, model, images(256), augment=interrupt, **arguments)
     assert not same(converted.state_dict(), halves.state_dict())
