@@ -1,6 +1,6 @@
 """Any single convolution, drawn at random: exact at full rank, in every form, and never worse than promised.
 
-50 cases each by default; CI sets CONVSPLIT_EXAMPLES=1000.
+50 cases each by default; CONVSPLIT_EXAMPLES=1000 in the environment draws as many.
 """
 
 from __future__ import annotations
