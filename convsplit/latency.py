@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -72,8 +71,8 @@ class Stopwatch:
     """Measures the options of layers; equal layers once, and what it has measured it remembers.
 
     Args:
-        seconds: about the longest that one `timed` may take. Of slow layers fewer ranks are measured, but every
-            candidate is run at least twice, but for those that are much slower than the dense layer.
+        seconds: about the longest that one `timed` may take. Of slow layers fewer ranks are measured, each at least
+            twice; a candidate that is much slower than the dense layer is not run again.
         training: time forward and backward passes instead of inference.
     """
 
@@ -120,7 +119,8 @@ class Stopwatch:
         x = x if layout is None else x.contiguous(memory_format=layout)
         dense = _dense(original)
         candidates: dict[_Candidate, nn.Module] = {_Candidate("", True, "stages", 0): dense}
-        for option in _coarse(options, COARSE if _seconds(dense, x) < seconds / 100 else COARSER):
+        (once,) = _milliseconds([_inference(dense, x)], 0.0, least_rounds=1)
+        for option in _coarse(options, COARSE if once < 1e3 * seconds / 100 else COARSER):
             for arrangement in ARRANGEMENTS:
                 layer = SeparableConv2d.empty_like(
                     conv, form=option.form, components=option.components, even=option.even, pad=original.pad
@@ -196,14 +196,6 @@ def _worth_trying(layer: SeparableConv2d, arrangement: str, shape: Shape) -> boo
     return layer.can_run(arrangement)
 
 
-def _seconds(module: nn.Module, x: Tensor) -> float:
-    """Roughly, what one run takes."""
-    start = time.perf_counter()
-    with torch.no_grad():
-        module(x)
-    return time.perf_counter() - start
-
-
 def _coarse(options: Sequence[Option], count: int) -> Iterator[Option]:
     """Of each form, some ranks from the smallest to the largest in equal ratios."""
     forms = dict.fromkeys((option.form, option.even) for option in options if not option.dense)
@@ -259,6 +251,8 @@ def _forward_and_backward(module: nn.Module, x: Tensor) -> Callable[[], None]:
 def fastest_arrangement(layer: SeparableConv2d, shapes: Sequence[Shape], *, seconds: float = 1.0) -> str:
     """The arrangement in which a layer takes the least time on inputs of these shapes, in inference."""
     possible = [name for name in ARRANGEMENTS if any(_worth_trying(layer, name, shape) for shape in shapes)]
+    if len(possible) == 1:
+        return possible[0]
     weight = layer.depthwise.weight
     inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in dict.fromkeys(shapes)]
 
