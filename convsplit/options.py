@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from convsplit.forms import FORMS, Form, form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.moments import Marginals, whitened
-from convsplit.progress import track
+from convsplit.parallel import in_parallel
 from convsplit.sites import Site
 from convsplit.spec import ConvSpec
 
@@ -90,14 +90,16 @@ def find_options(
     if not chosen:
         raise ValueError(f"forms is empty; name at least one of {', '.join(map(repr, FORMS))}")
     check_rank(rank)
-    modules = dict(model.named_modules())
     splittable = [site for site in sites if site.splittable]
-    return [
-        Menu(
-            site, (dense_option(site), *_options(modules, site, chosen, rank, (marginals or {}).get(site.name), seed))
-        )
-        for site in track(splittable, "Error curves", progress=progress)
-    ]
+    originals = {site.name: equivalent(model.get_submodule(site.name)) for site in splittable}
+
+    def menu(site: Site) -> Menu:
+        known = (marginals or {}).get(site.name)
+        return Menu(site, (dense_option(site), *_options(originals[site.name], site, chosen, rank, known, seed)))
+
+    return in_parallel(
+        menu, splittable, "Error curves", size=lambda site: dense_option(site).params, progress=progress
+    )
 
 
 def check_rank(rank: int | str | None) -> None:
@@ -117,14 +119,14 @@ def dense_option(site: Site) -> Option:
 
 
 def _options(
-    modules: dict[str, nn.Module],
+    original: Equivalent | str,
     site: Site,
     forms: Sequence[Form],
     rank: int | str | None,
     marginals: Marginals | None,
     seed: int,
 ) -> list[Option]:
-    spec, original = site.spec, equivalent(modules[site.name])
+    spec = site.spec
     assert spec is not None
     assert isinstance(original, Equivalent)
     weight = original.conv.weight.detach()

@@ -14,8 +14,9 @@ from torch import nn
 
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
 from convsplit.layers import SeparableConv2d
+from convsplit.parallel import in_parallel
 from convsplit.plan import Plan, PlannedLayer
-from convsplit.progress import ConversionWarning, track
+from convsplit.progress import ConversionWarning
 from convsplit.spec import ConvSpec
 from convsplit.trace import deep_copy, plain_arithmetic, same_globals
 
@@ -72,10 +73,18 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
     'SeparableConv2d'
     """
     originals = _originals(model, plan)
-    replacements: dict[str, nn.Module] = {}
-    for layer in track(plan.split, "Factorising", progress=progress):
-        replacements[layer.name] = _split(originals[layer.name], layer, initialise, plan.seed)
-    return _copy_with(model, replacements)
+
+    def split(layer: PlannedLayer) -> SeparableConv2d:
+        return _split(originals[layer.name], layer, initialise, plan.seed)
+
+    factorised = in_parallel(
+        split,
+        plan.split,
+        "Factorising",
+        size=lambda layer: originals[layer.name].conv.weight.numel(),
+        progress=progress,
+    )
+    return _copy_with(model, {layer.name: new for layer, new in zip(plan.split, factorised, strict=True)})
 
 
 @plain_arithmetic()

@@ -9,9 +9,9 @@ import pytest
 import convsplit
 
 ROOMS = [
-    "progress", "layout", "spec", "tables", "lowrank", "forms", "layers", "kinds", "trace", "sites", "moments",
-    "sensitivity", "options", "latency", "plan", "allocate", "rewrite", "speed", "refit", "report", "plots", "storage",
-    "finetune", "inference", "api", "passes", "frontier", "bench", "cli",
+    "progress", "parallel", "layout", "spec", "tables", "lowrank", "forms", "layers", "kinds", "trace", "sites",
+    "moments", "sensitivity", "options", "latency", "plan", "allocate", "rewrite", "speed", "refit", "report",
+    "plots", "storage", "finetune", "inference", "api", "passes", "frontier", "bench", "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent
 
