@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ HOPELESS = 1.5  # times as slow as the dense layer: one run tells
 LARGE = 2**20  # numbers in a feature map: smaller ones stay in the cache anyway, and are not tried image by image
 
 Shape = tuple[int, ...]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,13 @@ class Stopwatch:
         candidates: dict[_Candidate, nn.Module] = {_Candidate("", True, "stages", 0): dense}
         (once,) = _milliseconds([_inference(dense, x)], 0.0, least_rounds=1)
         for option in _coarse(options, COARSE if once < 1e3 * seconds / 100 else COARSER):
-            for arrangement in ARRANGEMENTS:
-                layer = SeparableConv2d.empty_like(
+            layer = with_noise(
+                SeparableConv2d.empty_like(
                     conv, form=option.form, components=option.components, even=option.even, pad=original.pad
                 )
-                if _worth_trying(layer, arrangement, shape):
-                    layer.arrangement = arrangement
-                    name = _Candidate(option.form, option.even, arrangement, option.components)
-                    candidates[name] = with_noise(layer)
+            )
+            for arrangement, arranged in _arranged(layer, [shape]).items():
+                candidates[_Candidate(option.form, option.even, arrangement, option.components)] = arranged
         if layout is not None:
             candidates = {name: module.to(memory_format=layout) for name, module in candidates.items()}
         run = _forward_and_backward if self.training else _inference
@@ -189,11 +189,19 @@ def _with_time(option: Option, curves: Sequence[_Curves]) -> Option:
     return replace(option, milliseconds=totals[best], arrangement=best)
 
 
-def _worth_trying(layer: SeparableConv2d, arrangement: str, shape: Shape) -> bool:
-    if arrangement == "by image":
+def _arranged(layer: SeparableConv2d, shapes: Sequence[Shape]) -> dict[str, SeparableConv2d]:
+    """Copies of a layer in each arrangement that it has and that may pay on inputs of these shapes."""
+
+    def exceeds_cache(shape: Shape) -> bool:
         images, _, height, width = shape if len(shape) == 4 else (1, *shape)
         return images > 1 and images * layer.components * height * width > LARGE
-    return layer.can_run(arrangement)
+
+    found = {}
+    for name in ARRANGEMENTS:
+        if layer.can_run(name) and (name != "by image" or any(map(exceeds_cache, shapes))):
+            found[name] = copy.deepcopy(layer)
+            found[name].arrangement = name
+    return found
 
 
 def _coarse(options: Sequence[Option], count: int) -> Iterator[Option]:
@@ -218,7 +226,7 @@ def _dense(original: Equivalent) -> nn.Module:
 
 
 @torch.no_grad()
-def with_noise(model: nn.Module) -> nn.Module:
+def with_noise(model: M) -> M:
     """Random numbers of a fitting size in every split layer: for timing, where a factorisation would only take long."""
     for layer in model.modules():
         if isinstance(layer, SeparableConv2d):
@@ -250,19 +258,13 @@ def _forward_and_backward(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def fastest_arrangement(layer: SeparableConv2d, shapes: Sequence[Shape], *, seconds: float = 1.0) -> str:
     """The arrangement in which a layer takes the least time on inputs of these shapes, in inference."""
-    possible = [name for name in ARRANGEMENTS if any(_worth_trying(layer, name, shape) for shape in shapes)]
-    if len(possible) == 1:
-        return possible[0]
+    arranged = _arranged(layer, shapes)
+    if len(arranged) == 1:
+        return next(iter(arranged))
     weight = layer.depthwise.weight
     inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in dict.fromkeys(shapes)]
-
-    turns = []
-    for name in possible:
-        candidate = copy.deepcopy(layer)
-        candidate.arrangement = name
-        turns.append(_inference(candidate, *inputs))
-    times = _milliseconds(turns, seconds)
-    return min(zip(times, possible, strict=True))[1]
+    times = _milliseconds([_inference(candidate, *inputs) for candidate in arranged.values()], seconds)
+    return min(zip(times, arranged, strict=True))[1]
 
 
 def _milliseconds(
