@@ -1,6 +1,6 @@
 """Any single convolution, drawn at random: exact at full rank, in every form, and never worse than promised.
 
-50 cases each by default; CONVSPLIT_EXAMPLES=1000 in the environment draws as many.
+250 cases for each of the four tests, 1,000 in all; CONVSPLIT_EXAMPLES in the environment draws more or fewer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from convsplit.spec import ConvSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 CASES = settings(
-    max_examples=int(os.environ.get("CONVSPLIT_EXAMPLES", "50")),
+    max_examples=int(os.environ.get("CONVSPLIT_EXAMPLES", "250")),
     deadline=None,
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
