@@ -2,19 +2,16 @@
 
 The objective is the sum over layers of the 4th power of the relative error. A signal that one layer destroys no later
 layer brings back, so the worst layers count most; on trained networks the 4th power keeps more accuracy than the
-squares and than powers closer to the minimax (benchmarks/results/accuracy.md). The choice is solved exactly, as a
-mixed-integer linear programme, by scipy's HiGHS.
+squares and than powers closer to the minimax (benchmarks/results/accuracy.md). The choice is solved exactly
+(knapsack.py).
 """
 
 from __future__ import annotations
 
-import bisect
+import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
-
+from convsplit.knapsack import best_choice
 from convsplit.options import Menu, Option
 from convsplit.plan import Budget
 
@@ -51,9 +48,11 @@ def allocate(
     choices = [_undominated(menu, cost) for menu in menus]
     least = sum(min(map(cost, options)) for options in choices)
     if least > allowed:
-        smallest = np.ceil((least + whole - splittable) / whole * 1e4) / 1e4
+        smallest = math.ceil((least + whole - splittable) / whole * 1e4) / 1e4
         raise ValueError(f"{budget!r} cannot be met: the smallest that can is {budget.kind}={smallest:.4f}")
-    return _solve(choices, cost, allowed)
+    costs = [[cost(option) for option in options] for options in choices]
+    losses = [[_error(option) ** POWER for option in options] for options in choices]
+    return [options[taken] for options, taken in zip(choices, best_choice(costs, losses, allowed), strict=True)]
 
 
 def _cheapest_within(menu: Menu, error: float) -> Option:
@@ -79,45 +78,6 @@ def _undominated(menu: Menu, cost: Cost) -> list[Option]:
         if not front or _error(option) < _error(front[-1]):
             front.append(option)
     return front
-
-
-def _solve(choices: list[list[Option]], cost: Cost, allowed: float) -> list[Option]:
-    """Minimise the sum of error ** 4 over one option per layer, the sum of costs being at most `allowed`."""
-    if not choices:
-        return []
-    # With every layer at the best reachable largest error e, the objective is at most n e^4; a choice that holds an
-    # error above n^(1/4) e is worse. What is left is of order one in units of e, as the solver's tolerances want.
-    unit = max(_smallest_largest_error(choices, cost, allowed), 1e-12)
-    bound = unit * len(choices) ** (1 / POWER) * (1 + 1e-9)
-    choices = [[option for option in options if _error(option) <= bound] for options in choices]
-    flat = [option for options in choices for option in options]
-    layer = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
-    largest = max(cost(option) for option in flat) or 1.0  # rows of order one, as the tolerances of the solver want
-    costs = np.array([cost(option) for option in flat]) / largest
-    objective = (np.array([_error(option) for option in flat]) / unit) ** POWER
-    one_each = csr_array((np.ones(len(flat)), (layer, np.arange(len(flat)))))
-    # Without presolve, because HiGHS prints to stdout while it undoes it.
-    solution = milp(
-        objective,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None, :], -np.inf, allowed / largest)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6, "time_limit": 30, "presolve": False},
-    )
-    if solution.x is None:
-        raise RuntimeError(f"the allocation could not be solved: {solution.message}")
-    return [option for option, taken in zip(flat, solution.x > 0.5, strict=True) if taken]
-
-
-def _smallest_largest_error(choices: list[list[Option]], cost: Cost, allowed: float) -> float:
-    """The smallest error that all layers can keep to at once within the allowance."""
-    levels = sorted({_error(option) for options in choices for option in options})
-
-    def affordable(level: float) -> bool:
-        cheapest = (min((cost(o) for o in options if _error(o) <= level), default=np.inf) for options in choices)
-        return sum(cheapest) <= allowed
-
-    return levels[bisect.bisect_left(levels, True, key=affordable)]
 
 
 def _error(option: Option) -> float:

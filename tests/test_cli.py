@@ -215,20 +215,6 @@ def test_writing_that_fails_half_way_leaves_nothing(folder: Path) -> None:
     assert sorted(folder.iterdir()) == before
 
 
-def test_what_c_libraries_print_stays_out_of_results() -> None:
-    script = """
-import os, sys
-from convsplit.cli.output import results_only
-with results_only():
-    os.write(1, b"solver\\n")
-    print("result")
-print("after")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["result", "after"]
-    assert "solver" in done.stderr
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_every_command_and_option(shell: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["completion", shell]) == 0

@@ -10,8 +10,8 @@ import convsplit
 
 ROOMS = [
     "progress", "parallel", "layout", "spec", "tables", "lowrank", "forms", "layers", "kinds", "trace", "sites",
-    "moments", "sensitivity", "options", "latency", "plan", "allocate", "rewrite", "speed", "refit", "report",
-    "plots", "storage", "finetune", "inference", "api", "passes", "frontier", "bench", "cli",
+    "moments", "sensitivity", "options", "latency", "plan", "knapsack", "allocate", "rewrite", "speed", "refit",
+    "report", "plots", "storage", "finetune", "inference", "api", "passes", "frontier", "bench", "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent
 

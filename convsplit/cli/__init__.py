@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Sequence
 
 from convsplit.cli import commands as commands
-from convsplit.cli.output import results_only
 from convsplit.cli.parser import build_parser
 from convsplit.cli.parser import command as command
 
@@ -43,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
-            with results_only():
-                args.run(args)
+            args.run(args)
         except SystemExit as leaving:  # a usage error that only the command could see
             return int(leaving.code or DONE)
         except KeyboardInterrupt:

@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from convsplit import storage
-
-
-@contextmanager
-def results_only() -> Iterator[None]:
-    """Keep stdout for what Python prints: what libraries in C print, such as the solver, goes to stderr."""
-    try:
-        if sys.stdout.fileno() != 1:
-            raise ValueError
-    except (OSError, ValueError):  # stdout was replaced by something else, which C knows nothing of
-        yield
-        return
-    sys.stdout.flush()
-    python = sys.stdout
-    with open(os.dup(1), "w", encoding=python.encoding, errors=python.errors) as results:
-        os.dup2(2, 1)
-        sys.stdout = results
-        try:
-            yield
-        finally:
-            sys.stdout = python
-            results.flush()
-            os.dup2(results.fileno(), 1)
 
 
 def terminal_width() -> int | None:
