@@ -104,6 +104,18 @@ def test_cp_of_any_shape_and_rank(shape, rank):
     assert 0 <= fit.error <= 1
 
 
+def test_cp_weighs_output_channels():
+    W = kernel(O=16, I=16, terms=100)
+    scale = torch.logspace(-1, 1, 16)[None]
+
+    def weighted_error(fit):
+        return float(((fit.kernel() - W) * scale[..., None, None]).norm() / (W * scale[..., None, None]).norm())
+
+    plain, weighted = cp(W, 10), cp(W, 10, output_scale=scale)
+    assert weighted_error(weighted) == pytest.approx(weighted.error, rel=1e-3)
+    assert weighted_error(weighted) < 0.95 * weighted_error(plain)
+
+
 def test_cp_of_zeros_dead_channels_and_twins():
     assert cp(torch.zeros(1, 4, 4, 9), 3).error == 0
     W = kernel(O=8, I=8)

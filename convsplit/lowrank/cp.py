@@ -24,7 +24,7 @@ def cp(
     *,
     start: CP | None = None,
     iterations: int | None = None,
-    tolerance: float = 2e-4,
+    tolerance: float = 5e-5,
     seed: int = 0,
     output_scale: Tensor | None = None,
     ridge: float = RIDGE,

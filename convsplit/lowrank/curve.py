@@ -13,37 +13,31 @@ from convsplit.lowrank.factors import CP, affordable, sweep_flops
 
 CURVE_FLOPS = 3e9  # what one of the short fits may cost
 CURVE_SWEEPS = 24
-ANCHORS = (0.05, 0.2, 0.5, 0.75)  # fractions of the kernel's parameters at which a curve is fitted, if two sweeps
-ANCHOR_FLOPS = 4e10  # cost no more than this: 512x512x9 stops at 0.5
-DECAY = 0.8  # of the gain from one doubling of the sweeps to the next
+ANCHORS = (
+    0.05,
+    0.2,
+    0.4,
+    0.65,
+    0.9,
+)  # fractions of the kernel's parameters at which a curve is fitted, if two sweeps
+ANCHOR_FLOPS = 4e10  # cost no more than this: 512x512x9 stops at 0.4
+DECAY = 0.9  # of the gain from one doubling of the sweeps to the next
 
 
-def cp_curve(
-    weight: Tensor, ranks: Sequence[int], *, seed: int = 0, output_scale: Tensor | None = None
-) -> list[float]:
-    """Relative errors of `cp` at every one of `ranks`, for the price of a few short fits."""
-    return curve_with_fits(weight, ranks, seed=seed, output_scale=output_scale)[0]
+def cp_curve(weight: Tensor, ranks: Sequence[int], *, seed: int = 0) -> list[float]:
+    """Relative errors of `cp` at every one of `ranks`, for the price of a few short fits.
 
-
-def curve_with_fits(
-    weight: Tensor, ranks: Sequence[int], *, seed: int = 0, output_scale: Tensor | None = None
-) -> tuple[list[float], list[CP]]:
-    """`cp_curve`, and the short fits behind it: the one nearest to the rank chosen in the end is that fit's best start.
-
-    Every fit grows from the one below.
-    Between them log(error) is a parabola in the rank; it goes on where the largest
+    Every fit grows from the one below. Between them log(error) is a parabola in the rank; it goes on where the largest
     ranks are too expensive to fit, and close to the kernel's own number of parameters.
     """
     fits: list[CP] = []
     for rank in _anchors(weight.shape, sorted(set(ranks))):
         sweeps = affordable(weight.shape, rank, CURVE_FLOPS, 2, CURVE_SWEEPS)
         before = fits[-1] if fits else None
-        fits.append(
-            cp(weight, rank, start=before, iterations=sweeps, tolerance=3e-4, seed=seed, output_scale=output_scale)
-        )
+        fits.append(cp(weight, rank, start=before, iterations=sweeps, tolerance=3e-4, seed=seed))
     points = [(fit.rank, math.log(max(_settled(fit, weight.shape), 1e-6))) for fit in fits]
     errors = {rank: math.exp(min(_parabola(points, rank), 0.0)) for rank in set(ranks)}
-    return [min(errors[lower] for lower in errors if lower <= rank) for rank in ranks], fits
+    return [min(errors[lower] for lower in errors if lower <= rank) for rank in ranks]
 
 
 def _anchors(shape: torch.Size, ranks: list[int]) -> list[int]:
