@@ -32,7 +32,11 @@ LAYOUTS = ("contiguous", "channels_last")
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One budget under some conditions. `macs` and `milliseconds` are of the whole model, dense and converted."""
+    """One budget under some conditions. `macs` and `milliseconds` are of the whole model, dense and converted.
+
+    `conv_macs` and `conv_milliseconds` are of the convolutions that can be split, the latter measured within the model
+    (eager, not deployed): what budgets are fractions of.
+    """
 
     budget: str
     batch: int
@@ -40,6 +44,7 @@ class BenchRow:
     compiled: bool
     split: int
     conv_macs: tuple[int, int]
+    conv_milliseconds: tuple[float, float]
     macs: tuple[int, int]
     milliseconds: tuple[float, float]
 
@@ -65,8 +70,8 @@ class Bench:
     def table(self) -> Table:
         """One line per row."""
         headings = [
-            "budget", "batch", "threads", "layout", "run", "split", "MACs of convs", "MACs", "ms", "->", "faster",
-            "of promised",
+            "budget", "batch", "threads", "layout", "run", "split", "MACs of convs", "ms of convs", "MACs", "ms", "->",
+            "faster", "of promised",
         ]  # fmt: skip
         return Table(headings, [_cells(row) for row in self.rows], frozenset({"budget", "layout", "run"}))
 
@@ -105,7 +110,9 @@ class Bench:
         return [
             {
                 "budget": row.budget, "batch": row.batch, **asdict(row.conditions), "compiled": row.compiled,
-                "split": row.split, "macs_before": row.macs[0], "macs_after": row.macs[1],
+                "split": row.split, "conv_milliseconds_before": row.conv_milliseconds[0],
+                "conv_milliseconds_after": row.conv_milliseconds[1],
+                "macs_before": row.macs[0], "macs_after": row.macs[1],
                 "milliseconds_before": row.milliseconds[0], "milliseconds_after": row.milliseconds[1],
                 "speedup": row.speedup, "of_promised": row.quotient,
             }
@@ -248,12 +255,13 @@ class _Case:
         before, after = time_models(pair, self.inputs)
         totals, conditions = plan.totals(), plan.conditions
         assert conditions is not None
-        convs, whole = (
-            (int(totals[f"{what}_before"] or 0), int(totals[f"{what}_after"] or 0)) for what in ("macs", "model_macs")
+        macs, times, whole = (
+            (totals[f"{what}_before"] or 0, totals[f"{what}_after"] or 0)
+            for what in ("macs", "milliseconds", "model_macs")
         )
         return BenchRow(
-            repr(plan.budget), self.batch, conditions, compiled, len(plan.split), convs, whole,
-            (before.total, after.total),
+            repr(plan.budget), self.batch, conditions, compiled, len(plan.split), (int(macs[0]), int(macs[1])), times,
+            (int(whole[0]), int(whole[1])), (before.total, after.total),
         )  # fmt: skip
 
 
@@ -283,6 +291,6 @@ def _cells(row: BenchRow) -> list[str]:
     return [
         row.budget, str(row.batch), str(row.conditions.threads), row.conditions.layout,
         "compiled" if row.compiled else "eager", str(row.split), ratio(row.conv_macs[1], row.conv_macs[0]),
-        ratio(row.macs[1], row.macs[0]), milliseconds(slow), milliseconds(fast), times_faster(slow, fast),
-        f"{row.quotient:.2f}",
+        ratio(row.conv_milliseconds[1], row.conv_milliseconds[0]), ratio(row.macs[1], row.macs[0]),
+        milliseconds(slow), milliseconds(fast), times_faster(slow, fast), f"{row.quotient:.2f}",
     ]  # fmt: skip
