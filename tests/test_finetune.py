@@ -145,6 +145,13 @@ def test_distillation_lowers_the_loss(options):
     assert statistics_moved == (not options.get("freeze_norms", True))
 
 
+def test_the_learning_rate_follows_the_drift_unless_given():
+    model, converted = converted_net()
+    course = convsplit.distill(copy.deepcopy(converted), model, images(128), epochs=1)
+    assert course.lr == pytest.approx(min(2e-3 * course.before.drift**2, 1e-3))
+    assert convsplit.distill(converted, model, images(128), epochs=1, lr=1e-5).lr == 1e-5
+
+
 def test_the_same_seed_gives_the_same_and_the_best_weights_are_kept():
     model, converted = converted_net()
     twins = [copy.deepcopy(converted) for _ in range(3)]

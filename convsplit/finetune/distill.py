@@ -38,6 +38,7 @@ from convsplit.trace import (
 BATCH = 64  # rows of a batch where all inputs came as one tensor
 CHECKS = 20  # of the held-out drift in the course of the training
 CLIP = 1.0  # norm of all gradients together
+RATE, LARGEST_RATE = 2e-3, 1e-3  # the default learning rate is RATE * drift^2, at most LARGEST_RATE
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Distillation:
     """The course of a distillation. The converted model holds the weights of the best check."""
 
     checks: tuple[Check, ...]
+    lr: float  # the largest learning rate
 
     @property
     def before(self) -> Check:
@@ -77,7 +79,7 @@ def distill(
     criterion: Callable[[Any, Any], Tensor] | None = None,
     epochs: int = 10,
     seconds: float | None = None,
-    lr: float = 2e-4,
+    lr: float | None = None,
     weight_decay: float = 1e-4,
     temperature: float = 2.0,
     features: float = 0.0,
@@ -107,8 +109,8 @@ def distill(
             `lambda output, batch: F.cross_entropy(output, batch[1])`.
         epochs: passes over the inputs.
         seconds: ends sooner, the schedule with it; results then depend on the machine's speed.
-        lr: the largest learning rate. A repaired model is close already, and larger steps lose what the repair won:
-            at a quarter of the parameters of ResNet-20, 1e-3 never came back to where it began, and 1e-4 was best.
+        lr: the largest learning rate; by default 0.002 times the squared drift on the held-out inputs, 0.001 at most. A
+            repaired model is close already, and larger steps lose what the repair won.
         weight_decay: of weights that are not factors, see `parameter_groups`.
         temperature: of the softmax, for logits.
         features: weight of the features' relative squared error, for instance 1; 0 leaves it out, which is faster and
@@ -152,7 +154,7 @@ def distill(
                 run.to_the_end(patience, None if checkpoint is None else Path(checkpoint), show)
         finally:
             run.restore_best()
-    return Distillation(tuple(run.checks))
+    return Distillation(tuple(run.checks), run.rate)
 
 
 class _Inputs:
@@ -280,13 +282,12 @@ class _Run:
     """A training under way: what has to be stored for resuming it."""
 
     def __init__(
-        self, model: nn.Module, loss: _Loss, data: _Inputs, lr: float, weight_decay: float, epochs: int,
+        self, model: nn.Module, loss: _Loss, data: _Inputs, lr: float | None, weight_decay: float, epochs: int,
         seconds: float | None, augment: Callable[[Any], Any] | None, seed: int,
     ) -> None:  # fmt: skip
         self.model, self.loss, self.data, self.augment = model, loss, data, augment
-        self.groups = parameter_groups(model, lr=lr, weight_decay=weight_decay)
-        self.optimizer = torch.optim.AdamW(self.groups, lr=lr)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay))
+        self.lr = lr
         self.steps, self.seconds = max(1, epochs * len(data)), seconds
         self.epochs, self.seed = epochs, seed
         self.step, self.spent = 0, 0.0
@@ -298,6 +299,11 @@ class _Run:
         """How much of the training is done."""
         by_time = 0.0 if self.seconds is None else self.spent / self.seconds
         return max(self.step / self.steps, by_time)
+
+    @property
+    def rate(self) -> float:
+        """The largest learning rate, known from the first check on."""
+        return min(RATE * self.checks[0].drift ** 2, LARGEST_RATE) if self.lr is None else self.lr
 
     def to_the_end(self, patience: int | None, checkpoint: Path | None, show: Callable[[float, str], None]) -> None:
         """Train and look at the held-out inputs now and then."""
@@ -326,8 +332,8 @@ class _Run:
 
     def advance(self, batch: Batch) -> None:
         """One step."""
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * schedule(min(self.share, 1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * schedule(min(self.share, 1.0))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         with _autocast(parameters[0].device):
             loss = self.loss(batch)
