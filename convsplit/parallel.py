@@ -11,7 +11,8 @@ import torch
 
 from convsplit.progress import track
 
-MOST_WORKERS = 8  # each holds a few times its layer's kernel
+MOST_WORKERS = 8
+MOST_WEIGHTS = 2**25  # of all layers under way; a fit's arrays take some thirty times as much memory
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -28,14 +29,15 @@ def in_parallel(
     """`[function(item) for item in items]` on as many threads as torch may use, the largest items first.
 
     Most of a factorisation runs outside Python's lock, and eigenvalue problems and small products gain little from a
-    second thread. Results depend on no other item, nor on how many there are. The first error, or Ctrl-C, ends it as
-    soon as the items under way are done.
+    second thread. `size` is in weights: very large layers are worked on one after the other, which bounds the memory.
+    The first error, or Ctrl-C, ends it as soon as the items under way are done.
 
     >>> in_parallel(lambda number: number**2, [1, 3, 2], "Squaring", size=float)
     [1, 9, 4]
     """
     threads = torch.get_num_threads()
-    workers = min(threads, MOST_WORKERS, len(items))
+    affordable = int(MOST_WEIGHTS / max(map(size, items), default=1.0))
+    workers = min(threads, MOST_WORKERS, len(items), affordable)
     if workers < 2:
         return [function(item) for item in track(items, description, progress=progress)]
     grad = torch.is_grad_enabled()  # each thread has its own

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from convsplit.bench import LAYOUTS
+from convsplit.bench import LAYOUTS, Bench
 from convsplit.bench import bench as run_bench
 from convsplit.cli.arguments import (
     choice_arguments,
@@ -38,7 +38,7 @@ from convsplit.frontier import frontier as compute_frontier
 from convsplit.layers import SeparableConv2d
 from convsplit.plan import Plan
 from convsplit.refit import refit as refit_layers
-from convsplit.report import compare
+from convsplit.report import Frontier, compare
 from convsplit.rewrite import apply_plan
 from convsplit.rewrite import merge as merge_layers
 from convsplit.speed import PREFERENCES
@@ -195,6 +195,11 @@ def frontier(args: Namespace) -> None:
         model, inputs[0] if inputs else None, inputs=inputs or None, budgets=args.budgets, kind=args.kind,
         forms=args.forms, skip=args.skip, seed=args.seed, progress=progress_of(args),
     )  # fmt: skip
+    _publish(made, args)
+
+
+def _publish(made: Frontier | Bench, args: Namespace) -> None:
+    """Print the result, and write the files that were asked for."""
     if args.out:
         write(args.out, made.to_json() + "\n")
     if args.csv:
@@ -234,11 +239,7 @@ def bench(args: Namespace) -> None:
         prefer=args.prefer, forms=args.forms, skip=args.skip, deployed=args.deployed, seconds=args.seconds,
         progress=progress_of(args),
     )  # fmt: skip
-    if args.out:
-        write(args.out, made.to_json() + "\n")
-    if args.csv:
-        write(args.csv, made.to_csv())
-    print(made.to_json() if args.json else made.text(terminal_width()))
+    _publish(made, args)
 
 
 @command(lambda parser: parser.add_argument("file", metavar="FILE", type=Path), output_arguments)
