@@ -1,12 +1,13 @@
 """CP of kernels: error against seconds for tensorly's parafac, tensorly-torch and convsplit, and whole conversions.
 
-    python benchmarks/factorisation.py [--networks NETWORKS.py] [--parts trained curve large whole widest]
+    python benchmarks/factorisation.py [--networks NETWORKS.py] [--parts trained curve large whole widest alternatives]
 
 trained   every 3 x 3 layer shape of the trained networks at a half and a quarter of its parameters: relative error of
           parafac (500 iterations, best of 3 starts), of the two SVD forms and of convsplit, at equal parameters
 curve     error that the curve of a layer predicts between its short fits, against the final fit there
 large     512 x 512 x 3 x 3 at R = 516: seconds until parafac's error is reached
 whole     convert(resnet50) and convert(vgg16) at half the parameters, random weights
+alternatives  other structures of few parameters, and CP, all fitted in the same way: L-BFGS, best of 3 random starts
 widest    2048 x 2048 x 3 x 3 at R = 1024: seconds and the peak of memory
 
 NETWORKS.py as for benchmarks/accuracy.py. Prints Markdown.
@@ -16,6 +17,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Iterator
+from math import prod
 
 import tensorly as tl
 import torch
@@ -36,10 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", help="a file with trained networks")
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
-    parser.add_argument("--parts", nargs="+", default=["trained", "curve", "large", "whole", "widest"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["trained", "curve", "large", "whole", "widest", "alternatives"]
+    )
     arguments = parser.parse_args()
     parts: dict[str, Callable[[argparse.Namespace], Table]] = {
         "trained": trained, "curve": curve, "large": large, "whole": whole, "widest": widest,
+        "alternatives": alternatives,
     }  # fmt: skip
     for name in arguments.parts:
         print(f"## {name}\n\n{parts[name](arguments).markdown()}\n", flush=True)
@@ -197,6 +202,71 @@ def widest(arguments: argparse.Namespace) -> Table:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     row = ["2048x2048x3x3, R = 1024", f"{miss:.4f}", f"{seconds:.1f}", f"{peak:.1f}"]
     return Table(["random kernel", "error", "s", "peak GB, whole process"], [row], frozenset({"random kernel"}))
+
+
+# Factors as einsum, terms added up: o, i and k are the kernel's, h and w its rows and columns, j is 2 and r as large as
+# the parameters allow.
+CP = "pw-dw-pw (CP)"
+STRUCTURES = {
+    CP: ["or,ir,kr->oik"],
+    "reduced dw-pw: pw, dw with multiplier 2, pw": ["orj,ir,krj->oik"],
+    "reduced pw-dw: pw, dw that adds up pairs, pw": ["or,irj,krj->oik"],
+    "pairs of components share a filter": ["orj,irj,kr->oik"],
+    "separable filters: pw, k x 1, 1 x k, pw": ["or,ir,hr,wr->oihw"],
+}
+SUM = {"sum of dw-pw and pw-dw": ["oi,ki->oik", "oi,ko->oik"]}  # each of multiplier 1: of one size only
+
+
+def alternatives(arguments: argparse.Namespace) -> Table:
+    """Errors at equal parameters."""
+    rows = []
+    for name, conv in kernels(arguments):
+        weight = conv.weight.detach().double()
+        O, I, height, width = weight.shape
+        if min(O, I) < 16:
+            continue
+        sizes = {"o": O, "i": I, "k": height * width, "h": height, "w": width, "j": 2}
+        both = 2 * O * I + (O + I) * height * width
+        for params, structures in (
+            (weight.numel() // 4, STRUCTURES),
+            (weight.numel() // 2, STRUCTURES),
+            (both, {CP: STRUCTURES[CP], **SUM}),
+        ):
+            errors = {label: fitted(weight, terms, sizes, params) for label, terms in structures.items()}
+            rows += [
+                [name, f"{params / weight.numel():.2f}", label, f"{error:.4f}", f"{error / errors[CP] - 1:+.1%}"]
+                for label, error in errors.items()
+            ]
+    return Table(["layer", "kept", "structure", "error", "against CP"], rows, frozenset({"layer", "structure"}))
+
+
+def fitted(weight: Tensor, terms: list[str], sizes: dict[str, int], params: int) -> float:
+    """The relative error of the best of 3 fits with at most so many parameters."""
+    inputs = [term.split("->")[0].split(",") for term in terms]
+    unit = sum(prod(sizes[letter] for letter in factor if letter != "r") for term in inputs for factor in term)
+    sizes = sizes | {"r": params // unit}
+    target = (weight if terms[0].endswith("hw") else weight.flatten(2)) / weight.norm()
+    errors = []
+    for seed in range(STARTS):
+        torch.manual_seed(seed)
+        factors = [
+            [torch.randn([sizes[letter] for letter in factor], dtype=weight.dtype) / 8 for factor in term]
+            for term in inputs
+        ]
+        leaves = [factor.requires_grad_() for term in factors for factor in term]
+        optimizer = torch.optim.LBFGS(leaves, max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe")
+        optimizer.step(lambda: missed(target, terms, factors, leaves))  # noqa: B023
+        errors.append(float(missed(target, terms, factors, leaves)) ** 0.5)
+    return min(errors)
+
+
+def missed(target: Tensor, terms: list[str], factors: list[list[Tensor]], leaves: list[Tensor]) -> Tensor:
+    """The squared error, its gradients left at the leaves."""
+    found = sum(torch.einsum(term, *each) for term, each in zip(terms, factors, strict=True))
+    loss = (found - target).square().sum()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        leaf.grad = gradient.contiguous()
+    return loss.detach()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
 """The way back to full accuracy: repair, block reconstruction and distillation without labels, against training anew.
 
-    python benchmarks/finetuning.py NETWORKS.py [--depths 20 56] [--kept 0.25 0.125] [--seconds 300] [--plot FILE]
+    python benchmarks/finetuning.py NETWORKS.py [--depths 20 56] [--kept 0.25 0.125] [--seeds 0] [--seconds 300]
+    python benchmarks/finetuning.py             # only the table and the picture of what was run before
 
 NETWORKS.py as for benchmarks/accuracy.py. Every way starts from the same refitted network and may use `--seconds`;
-training from scratch gets the same architecture, the labels and the same time. Prints a Markdown table and the course
-of every distillation.
+training from scratch gets the same architecture, the labels and the same time. Every result is kept in
+results/finetuning.json at once, so a run may be stopped and continued, and several may run side by side.
 """
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 from accuracy import load_networks, measure
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +27,8 @@ from convsplit import Budget
 from convsplit.finetune.reconstruct import schedule
 from convsplit.tables import Table
 
+ROOT = Path(__file__).parent
+RESULTS, PICTURE = ROOT / "results" / "finetuning.json", ROOT.parent / "docs" / "images" / "finetuning.png"
 LONG_WAYS = ["refitted, distilled", "refitted, reconstructed, distilled", "in two steps", "from scratch, labels"]
 
 
@@ -71,12 +77,17 @@ Way = tuple[str, nn.Module, float, convsplit.Distillation | None]
 
 
 def ways(
-    model: nn.Module, kept: float, seed: int, images: Tensor, labels: Tensor, arguments: argparse.Namespace
+    model: nn.Module, kept: float, seed: int, images: Tensor, labels: Tensor, wanted: list[str], seconds: float
 ) -> Iterator[Way]:
-    """Each way back, with the network it gives and the seconds it took."""
+    """The wanted ways back, with the network each gives, the seconds it took and its course."""
 
     def since(start: float) -> float:
         return time.perf_counter() - start
+
+    def distilled(begin: nn.Module, seconds: float) -> tuple[nn.Module, float, convsplit.Distillation]:
+        network, start = copy.deepcopy(begin), time.perf_counter()
+        course = convsplit.distill(network, model, images, epochs=10_000, seconds=seconds, augment=moved, seed=seed)
+        return network, since(start), course
 
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     few, more = list(images[order[:512]].split(64)), list(images[order[:2048]].split(64))
@@ -84,86 +95,131 @@ def ways(
     refitted = convsplit.convert(model, images[:1], budget=Budget(params=kept), calibration=few, seed=seed)
     yield "refitted", refitted, since(start), None
 
-    reconstructed, start = copy.deepcopy(refitted), time.perf_counter()
-    convsplit.reconstruct(reconstructed, model, more, seed=seed)
-    spent = since(start)
-    yield "refitted, reconstructed", reconstructed, spent, None
-
-    for way, begin, seconds in (
-        ("refitted, distilled", refitted, arguments.seconds),
-        ("refitted, reconstructed, distilled", reconstructed, arguments.seconds - spent),
-    ):
-        if seconds <= 0 or way not in arguments.ways:
-            continue
-        network, start = copy.deepcopy(begin), time.perf_counter()
-        course = convsplit.distill(network, model, images, epochs=10_000, seconds=seconds, augment=moved, seed=seed)
-        yield way, network, since(start), course
-
-    if "in two steps" in arguments.ways:
+    if "refitted, distilled" in wanted:
+        yield "refitted, distilled", *distilled(refitted, seconds)
+    if "refitted, reconstructed, distilled" in wanted:
+        reconstructed, start = copy.deepcopy(refitted), time.perf_counter()
+        convsplit.reconstruct(reconstructed, model, more, seed=seed)
+        spent = since(start)
+        yield "refitted, reconstructed", reconstructed, spent, None
+        network, took, course = distilled(reconstructed, max(seconds - spent, 1.0))
+        yield "refitted, reconstructed, distilled", network, spent + took, course
+    if "in two steps" in wanted:
         start = time.perf_counter()
-        network, course = in_two_steps(model, kept, seed, images, few, arguments.seconds)
+        network, course = in_two_steps(model, kept, seed, images, few, seconds)
         yield "in two steps", network, since(start), course
-
-    if "from scratch, labels" in arguments.ways:
+    if "from scratch, labels" in wanted:
         start = time.perf_counter()
-        yield (
-            "from scratch, labels",
-            from_scratch(refitted, images, labels, arguments.seconds, seed),
-            since(start),
-            None,
-        )
+        yield "from scratch, labels", from_scratch(refitted, images, labels, seconds, seed), since(start), None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what was asked for and is not known yet."""
+    train_x, train_y, test_x, test_y = (networks := load_networks(arguments.networks)).cifar10()
+    train_x, train_y = train_x[: arguments.images], train_y[: arguments.images]
+    for depth in arguments.depths:
+        model = networks.resnet(depth)
+        for kept in arguments.kept:
+            for seed in arguments.seeds:
+                case = f"ResNet-{depth}", kept, seed
+                wanted = [way for way in arguments.ways if (*case, way) not in map(key, known())]
+                if not wanted:
+                    continue
+                for way, network, seconds, course in ways(
+                    model, kept, seed, train_x, train_y, wanted, arguments.seconds
+                ):
+                    lost, agreement, drift = measure(model, network, test_x, test_y)
+                    result = {
+                        "network": case[0], "kept": kept, "seed": seed, "way": way, "lost": float(lost),
+                        "agreement": float(agreement.rstrip(" %")), "drift": float(drift), "seconds": round(seconds),
+                        "threads": torch.get_num_threads(),
+                    }  # fmt: skip
+                    if course is not None:
+                        checks = [[round(c.seconds, 1), round(c.drift, 4), round(c.loss, 4)] for c in course.checks]
+                        result |= {"lr": course.lr, "steps": course.checks[-1].step, "course": checks}
+                    print({name: value for name, value in result.items() if name != "course"}, flush=True)
+                    others = [other for other in known() if key(other) != key(result)]
+                    RESULTS.write_text(json.dumps([*others, result], indent=1) + "\n")
+
+
+def known() -> list[dict[str, Any]]:
+    """All results so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def key(result: dict[str, Any]) -> tuple[str, float, int, str]:
+    return result["network"], result["kept"], result["seed"], result["way"]
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """Means over seeds, and the points lost of each."""
+    rows = []
+    for network, kept, way in sorted({(r["network"], -r["kept"], r["way"]) for r in results}, key=_place):
+        each = sorted((r for r in results if (r["network"], -r["kept"], r["way"]) == (network, kept, way)), key=key)
+        lost = [r["lost"] for r in each]
+        rows.append(
+            [network, f"{-kept:g}", way, f"{mean(lost):.2f}", " ".join(f"{points:.2f}" for points in lost),
+             f"{mean(r['agreement'] for r in each):.1f} %", f"{mean(r['drift'] for r in each):.3f}",
+             f"{mean(r['seconds'] for r in each):.0f}", f"{each[0]['threads']}"]
+        )  # fmt: skip
+    headings = ["network", "kept", "way", "points lost", "by seed", "agreement", "drift", "seconds", "threads"]
+    return Table(headings, rows, frozenset({"network", "way", "by seed"}))
+
+
+WAYS = ["refitted", "refitted, reconstructed", *LONG_WAYS]
+
+
+def _place(row: tuple[str, float, str]) -> tuple[str, float, int]:
+    return *row[:2], WAYS.index(row[2])
+
+
+def picture(results: list[dict[str, Any]]) -> None:
+    """Points lost against the parameters kept, and the course of the distillations, a column for each network."""
+    from matplotlib import pyplot
+
+    networks = sorted({r["network"] for r in results})
+    figure, axes = pyplot.subplots(2, len(networks), figsize=(5.2 * len(networks), 7), squeeze=False, sharey="row")
+    for column, network in zip(axes.T, networks, strict=True):
+        for style, way in zip(["o:", "v:", "s-", "^-", "P-", "X--"], WAYS, strict=True):
+            own = [r for r in results if r["network"] == network and r["way"] == way]
+            points = {k: mean(r["lost"] for r in own if r["kept"] == k) for k in sorted({r["kept"] for r in own})}
+            if points:
+                column[0].plot([100 * kept for kept in points], list(points.values()), style, label=way)
+        column[0].set(title=network, xlabel="parameters of the convolutions kept (%)", xscale="log")
+        column[0].set_xticks([12.5, 25], ["12.5", "25"])
+        column[0].minorticks_off()
+        for r in results:
+            if r["network"] == network and r["way"] == "refitted, distilled":
+                seconds, drift, _ = zip(*r["course"], strict=True)
+                label = f"{100 * r['kept']:g} % kept" if r["seed"] == 0 else None
+                column[1].plot(seconds, drift, "C0-" if r["kept"] > 0.2 else "C1--", label=label, linewidth=1)
+        column[1].set(xlabel="seconds of distillation, three seeds")
+        for axis in column:
+            axis.grid(alpha=0.3)
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    axes[0][0].set_ylabel("points of accuracy lost")
+    axes[1][0].set_ylabel("drift of the outputs, images held out")
+    axes[0][-1].legend(fontsize=8)
+    axes[1][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks")
+    parser.add_argument("networks", nargs="?", help="a file with trained networks; without, nothing is run")
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", default=LONG_WAYS, choices=LONG_WAYS)
-    parser.add_argument("--plot", help="an image file: points lost against parameters kept")
     arguments = parser.parse_args()
-    train_x, train_y, test_x, test_y = (networks := load_networks(arguments.networks)).cifar10()
-    train_x, train_y = train_x[: arguments.images], train_y[: arguments.images]
-    rows: list[list[str]] = []
-    courses: list[str] = []
-    for depth in arguments.depths:
-        model = networks.resnet(depth)
-        for kept in arguments.kept:
-            for seed in arguments.seeds:
-                for way, network, seconds, course in ways(model, kept, seed, train_x, train_y, arguments):
-                    figures = measure(model, network, test_x, test_y)
-                    rows.append([f"ResNet-{depth}", f"{kept:g}", way, str(seed), *figures, f"{seconds:.0f}"])
-                    Console(stderr=True, width=160).print(*rows[-1])
-                    if course is not None:
-                        losses = " ".join(f"{check.loss:.3f}" for check in course.checks)
-                        courses.append(f"- {', '.join(rows[-1][:4])}, {course.checks[-1].step} steps: {losses}")
-    headings = ["network", "kept", "way", "seed", "points lost", "agreement", "drift", "seconds"]
-    print(Table(headings, rows, frozenset({"network", "way"})).markdown())
-    print("\nLoss on held-out images over the course of each distillation, in 20 equal parts of the time:\n")
-    print("\n".join(courses))
-    if arguments.plot:
-        plot(rows, arguments.plot)
-
-
-def plot(rows: list[list[str]], path: str) -> None:
-    """Points lost against the fraction of parameters kept, one line for each way."""
-    from matplotlib import pyplot
-
-    networks = sorted({row[0] for row in rows})
-    figure, axes = pyplot.subplots(1, len(networks), figsize=(5 * len(networks), 3.6), squeeze=False, sharey=True)
-    for axis, network in zip(axes[0], networks, strict=True):
-        for way in dict.fromkeys(row[2] for row in rows):
-            points = sorted((float(row[1]), float(row[4])) for row in rows if row[0] == network and row[2] == way)
-            axis.plot(*zip(*points, strict=True), marker="o", label=way)
-        axis.set(title=network, xlabel="parameters of the convolutions kept", xscale="log")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("points of accuracy lost")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
+    if arguments.networks:
+        run(arguments)
+    results = known()
+    print(table(results).markdown())
+    picture(results)
 
 
 if __name__ == "__main__":
