@@ -190,16 +190,16 @@ def picture(results: list[dict[str, Any]]) -> None:
         column[0].minorticks_off()
         for r in results:
             if r["network"] == network and r["way"] == "refitted, distilled":
-                seconds, drift, _ = zip(*r["course"], strict=True)
+                seconds, _, loss = zip(*r["course"], strict=True)
                 label = f"{100 * r['kept']:g} % kept" if r["seed"] == 0 else None
-                column[1].plot(seconds, drift, "C0-" if r["kept"] > 0.2 else "C1--", label=label, linewidth=1)
+                column[1].plot(seconds, loss, "C0-" if r["kept"] > 0.2 else "C1--", label=label, linewidth=1)
         column[1].set(xlabel="seconds of distillation, three seeds")
         for axis in column:
             axis.grid(alpha=0.3)
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axes[0][0].set_ylabel("points of accuracy lost")
-    axes[1][0].set_ylabel("drift of the outputs, images held out")
-    axes[0][-1].legend(fontsize=8)
+    axes[1][0].set_ylabel("divergence from the dense network, held out")
+    axes[0][0].legend(fontsize=8)
     axes[1][-1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=110)
