@@ -130,7 +130,9 @@ def test_what_is_deployed_exports(tmp_path) -> None:
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
         torch.onnx.export(deployed, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False)
-        session = runtime.InferenceSession(tmp_path / "net.onnx")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = 1  # see export_paths.py
+        session = runtime.InferenceSession(tmp_path / "net.onnx", options)
         (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(answer), wanted, rtol=1e-4, atol=1e-4)
 
