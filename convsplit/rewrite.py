@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import FunctionType
 from typing import Any, TypeVar
@@ -73,18 +73,17 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
     'SeparableConv2d'
     """
     originals = _originals(model, plan)
+    replacements = {layer.name: _empty(originals[layer.name], layer) for layer in plan.split}
 
-    def split(layer: PlannedLayer) -> SeparableConv2d:
-        return _split(originals[layer.name], layer, initialise, plan.seed)
+    def factorise(name: str) -> None:
+        replacements[name].initialise_from(originals[name].conv, seed=plan.seed)
 
-    factorised = in_parallel(
-        split,
-        plan.split,
-        "Factorising",
-        size=lambda layer: originals[layer.name].conv.weight.numel(),
-        progress=progress,
-    )
-    return _copy_with(model, {layer.name: new for layer, new in zip(plan.split, factorised, strict=True)})
+    if initialise:
+        in_parallel(
+            factorise, list(replacements), "Factorising",
+            size=lambda name: originals[name].conv.weight.numel(), progress=progress,
+        )  # fmt: skip
+    return _copy_with(model, replacements)
 
 
 @plain_arithmetic()
@@ -118,18 +117,18 @@ def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
     return originals
 
 
-def _split(original: Equivalent, layer: PlannedLayer, initialise: bool, seed: int) -> SeparableConv2d:
-    option, conv = layer.option, original.conv
+def _empty(original: Equivalent, layer: PlannedLayer) -> SeparableConv2d:
+    option = layer.option
     assert option is not None
-    pad = copy.deepcopy(original.pad)
     empty = SeparableConv2d.empty_like(
-        conv, form=option.form, components=option.components, even=option.even, pad=pad
-    )
+        original.conv, form=option.form, components=option.components, even=option.even,
+        pad=copy.deepcopy(original.pad),
+    )  # fmt: skip
     empty.arrangement = option.arrangement
-    return empty.initialise_from(conv, seed=seed) if initialise else empty
+    return empty
 
 
-def _copy_with(model: M, replacements: dict[str, nn.Module]) -> M:
+def _copy_with(model: M, replacements: Mapping[str, nn.Module]) -> M:
     """A deep copy with some modules replaced, under every name they have."""
     modules = dict(model.named_modules())
     # deepcopy looks a module's replacement up where it would have copied it: every alias, attribute and list that

@@ -13,14 +13,10 @@ from convsplit.lowrank.factors import CP, affordable, sweep_flops
 
 CURVE_FLOPS = 3e9  # what one of the short fits may cost
 CURVE_SWEEPS = 24
-ANCHORS = (
-    0.05,
-    0.2,
-    0.4,
-    0.65,
-    0.9,
-)  # fractions of the kernel's parameters at which a curve is fitted, if two sweeps
-ANCHOR_FLOPS = 4e10  # cost no more than this: 512x512x9 stops at 0.4
+# Fractions of the kernel's parameters at which a curve is fitted, if two sweeps there cost no more than ANCHOR_FLOPS:
+# 512x512x9 stops at 0.4.
+ANCHORS = (0.05, 0.2, 0.4, 0.65, 0.9)
+ANCHOR_FLOPS = 4e10
 DECAY = 0.9  # of the gain from one doubling of the sweeps to the next
 
 
