@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -183,7 +183,10 @@ def start_lockstep(
 
 @dataclass
 class _Walker:
-    """Two graphs of the same nodes, the split layers ahead (`waiting`) and the others that may be stopped at."""
+    """Two graphs of the same nodes, the split layers ahead (`waiting`) and the others that may be stopped at.
+
+    `stopped` are the layers it stands before: more than one where a shortcut has layers of its own.
+    """
 
     before: Steps
     after: Steps
@@ -191,6 +194,7 @@ class _Walker:
     others: set[str]
     tails: bool
     drifted: bool = False
+    stopped: set[fx.Node] = field(default_factory=set)
 
     @property
     def finished(self) -> bool:
@@ -207,13 +211,15 @@ class _Walker:
             self.before.advance(own)
             tail = find_tail(self.before.model, own) if self.tails else NO_TAIL
             shortcut = None if tail.shortcut is None else self._index(tail.shortcut)
-            early = [] if shortcut is None else self._before_the_shortcut(shortcut, other)
+            self.stopped.add(other)
+            early = [] if shortcut is None else self._before_the_shortcut(shortcut)
             if early is None:
                 tail = replace(tail, shortcut=None, ceiling=None)
             else:
                 for each in early:
                     yield from self.visit(each)
             yield Stop(name, 1, self._values(own, other, tail), tail)
+            self.stopped.remove(other)
         self.waiting.discard(name)
         self.others.discard(name)
         self.before.advance(own)
@@ -222,10 +228,13 @@ class _Walker:
     def _index(self, node: fx.Node) -> int:
         return self.before.nodes.index(node)
 
-    def _before_the_shortcut(self, shortcut: int, layer: fx.Node) -> list[int] | None:
-        """The nodes to compute before what is added to a layer is known; None if that needs layers not yet repaired."""
+    def _before_the_shortcut(self, shortcut: int) -> list[int] | None:
+        """The nodes to compute before what is added to a layer is known; None if that needs layers not yet repaired.
+
+        Of two layers whose answers are added to one another, the one stopped at first makes good what the other lost.
+        """
         missing = self.after.missing(self.after.nodes[shortcut])
-        if missing is None or layer in missing or any(str(each.target) in self.waiting for each in missing):
+        if missing is None or missing & self.stopped or any(str(each.target) in self.waiting for each in missing):
             return None
         return [index for index, each in enumerate(self.after.nodes) if each in missing]
 
@@ -239,7 +248,11 @@ class _Walker:
 
 
 class Steps:
-    """One graph, executed node by node on several batches at once; values are dropped after their last use."""
+    """One graph, executed node by node on several batches; values are dropped after their last use.
+
+    Nodes that are due wait until a value is asked for, and are then computed one batch after the other: what lies
+    between two stops is never held for all batches at once.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, arguments: list[dict[str, Any]]) -> None:
         self.model = fx.GraphModule(model, graph)
@@ -248,21 +261,28 @@ class Steps:
         self.environments: list[dict[fx.Node, Any]] = [{} for _ in arguments]
         self.arguments = arguments
         self.done: set[fx.Node] = set()
+        self.due: list[tuple[fx.Node, list[fx.Node]]] = []  # and the values whose last use each node is
 
     def advance(self, node: fx.Node) -> None:
-        """Compute one node for every batch, unless that was done."""
+        """Have one node computed for every batch, unless that was done."""
         if node in self.done:
             return
-        for environment, arguments in zip(self.environments, self.arguments, strict=True):
-            if node.op == "placeholder":
-                environment[node] = arguments[str(node.target)]
-                continue
-            self.interpreter.env = environment
-            environment[node] = self.interpreter.run_node(node)
         self.done.add(node)
-        for used in [*node.all_input_nodes, node]:
-            if all(user in self.done for user in used.users):
-                for environment in self.environments:
+        dropped = [
+            u for u in dict.fromkeys((*node.all_input_nodes, node)) if all(user in self.done for user in u.users)
+        ]
+        self.due.append((node, dropped))
+
+    def _catch_up(self) -> None:
+        due, self.due = self.due, []
+        for environment, arguments in zip(self.environments, self.arguments, strict=True):
+            for node, dropped in due:
+                if node.op == "placeholder":
+                    environment[node] = arguments[str(node.target)]
+                else:
+                    self.interpreter.env = environment
+                    environment[node] = self.interpreter.run_node(node)
+                for used in dropped:
                     environment.pop(used, None)
 
     def missing(self, node: fx.Node) -> set[fx.Node] | None:
@@ -285,6 +305,7 @@ class Steps:
 
     def values(self, node: Any) -> list[Tensor]:
         """What a node has become, batch by batch."""
+        self._catch_up()
         return [environment[node] for environment in self.environments]
 
     def live_bytes(self) -> int:
