@@ -40,9 +40,13 @@ class Factors:
     def kernel(self, out_channels: int, in_channels: int) -> Tensor:
         """The kernel [G, O, I, K] these components add up to; both channel counts per group."""
         outputs = self._picked(out_channels).mT if self.outputs is None else self.outputs
-        inputs = self._picked(in_channels) if self.inputs is None else self.inputs
-        filters = inputs.unsqueeze(-1) * self.spatial.unsqueeze(-2)  # [G, R, I, K]
+        filters = self.filters(in_channels)
         return (outputs @ filters.flatten(2)).reshape(*outputs.shape[:2], *filters.shape[2:])
+
+    def filters(self, in_channels: int) -> Tensor:
+        """The kernel [G, R, I, K] of each component in front of the outputs."""
+        inputs = self._picked(in_channels) if self.inputs is None else self.inputs
+        return inputs.unsqueeze(-1) * self.spatial.unsqueeze(-2)
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype."""

@@ -16,9 +16,10 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from convsplit.spec import Pair
 from convsplit.trace import Batch, Forward, batches_in, quiet_run, run_or_explain, tensors_in
 
-POSITIONS_PER_UNKNOWN = 1000
+POSITIONS_PER_UNKNOWN = 200
 SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3
 
 
@@ -29,28 +30,30 @@ def padded(geometry: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def sampled_patches(
-    geometry: nn.Conv2d, groups: int, inputs: Tensor, output_hw: Sequence[int], step: int, index: int
+    geometry: nn.Conv2d, groups: int, inputs: Tensor, output_hw: Sequence[int], step: Pair, index: int
 ) -> Tensor:
-    """Patches [G, P, n] of inputs [N, I, H, W] at every `step`-th position of both axes; `index` shifts the grid."""
+    """Patches [G, P, n] of inputs [N, I, H, W] at every `step`-th position of each axis; `index` shifts the grid."""
     top, left = _corner(output_hw, step, index)
     stride_y, stride_x = geometry.stride
     shifted = padded(geometry, inputs.to(_wide(inputs)))[:, :, top * stride_y :, left * stride_x :]
-    stride = (step * stride_y, step * stride_x)
+    stride = (step[0] * stride_y, step[1] * stride_x)
     patches = F.unfold(shifted, geometry.kernel_size, dilation=geometry.dilation, stride=stride)
     return patches.transpose(0, 1).reshape(groups, patches.shape[1] // groups, -1)
 
 
-def sampled_outputs(outputs: Tensor, step: int, index: int) -> Tensor:
+def sampled_outputs(outputs: Tensor, step: Pair, index: int) -> Tensor:
     """Outputs [N, O, H', W'] at the positions of `sampled_patches`, as [O, n]."""
     top, left = _corner(outputs.shape[-2:], step, index)
-    kept = outputs.to(_wide(outputs))[:, :, top::step, left::step]
+    kept = outputs.to(_wide(outputs))[:, :, top :: step[0], left :: step[1]]
     return kept.flatten(2).transpose(0, 1).flatten(1)
 
 
-def _corner(output_hw: Sequence[int], step: int, index: int) -> tuple[int, int]:
-    """Where the grid of positions begins."""
+def _corner(output_hw: Sequence[int], step: Pair, index: int) -> Pair:
+    """Where the grid of positions begins; processes that deal out batches in turn take the corners of one alone."""
     height, width = output_hw
-    return min(index // step % step, height - 1), min(index % step, width - 1)
+    if _shared():
+        index = index * distributed.get_world_size() + distributed.get_rank()
+    return min(index // step[1] % step[0], height - 1), min(index % step[1], width - 1)
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -114,17 +117,15 @@ def measure_marginals(
             x, y = args[0], output
             if x.dim() == 3:
                 x, y = x.unsqueeze(0), y.unsqueeze(0)
-            per_group = conv.in_channels // conv.groups
-            step = thinning(y[:, 0].numel() * len(batches), per_group * conv.groups)
+            positions = math.prod(conv.kernel_size)
+            images = y.shape[0] * len(batches)
+            step = thinning(y.shape[-2:], images, conv.in_channels, positions, limit=SAMPLE_BYTES // 4)
             patches = sampled_patches(conv, conv.groups, x, y.shape[-2:], step, seen[name])
             seen[name] += 1
-            positions = math.prod(conv.kernel_size)
-            channels = patches.reshape(conv.groups, per_group, positions, -1).double()  # [G, I, K, n]
-            centred = channels - channels.mean((2, 3), keepdim=True)
-            parts = [
-                torch.einsum("gikn,gjkn->gij", centred, centred),
-                torch.einsum("gikn,giln->gkl", centred, centred),
-            ]
+            patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
+            centred = patches - patches.mean((2, 3), keepdim=True)
+            rows = centred.flatten(2)
+            parts = [(rows @ rows.mT).double(), (centred @ centred.mT).sum(1).double()]
             sums[name] = parts if name not in sums else [a + b for a, b in zip(sums[name], parts, strict=True)]
 
         return hook
@@ -162,11 +163,19 @@ def _outside_inference(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def thinning(positions: int, unknowns: int) -> int:
-    """How far apart positions may lie, in both axes, so that enough of them remain."""
-    enough = POSITIONS_PER_UNKNOWN * unknowns
-    affordable = SAMPLE_BYTES / (4 * unknowns)
-    return max(1, round(math.sqrt(all_reduced(torch.tensor(positions)).item() / min(enough, affordable))))
+def thinning(
+    output_hw: Sequence[int], images: int, channels: int, positions: int = 1, limit: int = SAMPLE_BYTES
+) -> Pair:
+    """How far apart positions of outputs may lie in each axis, so that enough of them remain for all processes.
+
+    Enough for each of `channels` unknowns, in float32 patches of `positions` values a channel that take `limit` bytes.
+    """
+    height, width = output_hw
+    affordable = limit / (4 * channels * positions)
+    everything = all_reduced(torch.tensor(images)).item() * height * width
+    apart = everything / min(POSITIONS_PER_UNKNOWN * channels, affordable)
+    across = min(max(1, round(math.sqrt(apart))), width)
+    return min(max(1, round(apart / across)), height), across
 
 
 def all_reduced(part: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from convsplit.moments import all_reduced
 from convsplit.trace import Batch, Forward, call, scratch_copy, tensors_in
 
-BATCHES = 16  # more of them hardly change the moments
+IMAGES = 128  # more of them hardly change the moments
 DRAWS = 2  # directions per batch
 
 
@@ -57,9 +57,13 @@ def measure_sensitivity(
     sums: dict[str, Tensor] = {}
     try:
         with torch.enable_grad():
-            for batch in batches[:BATCHES]:
+            seen = 0
+            for batch in batches:
                 taps.clear()
                 _add(sums, taps, (forward or call)(copied, batch), seed)
+                seen += taps[0][1].shape[0] if taps else 0
+                if seen >= IMAGES:
+                    break
     except (RuntimeError, NotImplementedError):  # something on the way has no derivative
         return {}
     finally:

@@ -4,6 +4,7 @@ tail.py      what follows a layer: batch norm, shortcut, ReLU
 walk.py      the two models side by side, stopping at each layer to be repaired
 samples.py   what the repair of a layer looks at, and its moments
 solve.py     least squares for the stages of a layer, from those moments
+fits.py      what is fitted of a layer: its factors, its last stage, its bias, or a dense kernel
 recalibrate.py   batch-norm statistics, the cheap alternative
 """
 
@@ -16,26 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.forms import Factors, form_named, grouped
+from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers import SeparableConv2d
 from convsplit.moments import checked_batches
 from convsplit.progress import track
+from convsplit.refit.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.refit.recalibrate import recalibrate as recalibrate
-from convsplit.refit.samples import Moments, Samples, take_samples
-from convsplit.refit.solve import Quadratic, best_bias, fit_factors, improved, quadratics, with_last_stage
+from convsplit.refit.samples import Moments, Samples
+from convsplit.refit.solve import Metric, best_bias, quadratics
 from convsplit.refit.tail import Tail
 from convsplit.refit.walk import walk
 from convsplit.sensitivity import measure_sensitivity
 from convsplit.trace import Forward, plain_arithmetic, quiet_run, run_or_explain
 
-MEMORY_LIMIT = 2 << 30  # bytes of features kept between layers before the walk falls back to recomputing them
+MEMORY_LIMIT = 4 << 30  # bytes of features kept between layers before the walk falls back to recomputing them
 STAGES = ("all", "last", "bias")
 TARGETS = ("activation", "layer")
 ROUNDS = 4  # of moving the target behind a ReLU
-SWEEPS_PER_ROUND = 3
 FLOOR = 0.01  # of the mean sensitivity: what an error that no output seems to feel still costs
-MOST_UNKNOWNS = 5000  # inputs of a dense convolution, times kernel positions
 
 
 @dataclass(frozen=True)
@@ -120,79 +120,31 @@ def refit(
         for stop in track(stops, "Refitting", progress=progress):
             layer = converted.get_submodule(stop.name)
             assert isinstance(layer, SeparableConv2d | nn.Conv2d)
-            samples = take_samples(layer, stop, stop.calls * len(data))
-            fit = _Split(layer, stages, seed) if isinstance(layer, SeparableConv2d) else _Dense(layer)
+            fit = fit_of(layer, _kernel(modules[stop.name]), stages, seed)
+            samples = fit.take(stop, stop.calls * len(data))
             metric = None if target == "layer" else _metric(layer, metrics.get(stop.name), samples.tail)
-            repaired.append(_repair(stop.name, fit, _kernel(modules[stop.name]), samples, metric, ridge))
+            repaired.append(_repair(stop.name, fit, samples, metric, ridge))
     return tuple(repaired)
 
 
-class _Split:
-    """A split layer while its factors are fitted."""
-
-    has_bias = True  # one is added where there is none
-
-    def __init__(self, layer: SeparableConv2d, stages: str, seed: int) -> None:
-        self.layer, self.stages, self.seed = layer, stages, seed
-        self.factors = layer.factors().to(torch.float64).by_group()
-        self.fresh = True
-
-    @property
-    def kernel(self) -> Tensor:
-        """[G, O, I, K]."""
-        spec, G = self.layer.spec, self.layer.spec.groups
-        return Factors.joined(self.factors).kernel(spec.out_channels // G, spec.in_channels // G)
-
-    def fit(self, problems: list[Quadratic]) -> None:
-        form = form_named(self.layer.form)
-        for group, (problem, factors) in enumerate(zip(problems, self.factors, strict=True)):
-            if self.stages == "all" and self.fresh:
-                fitted = fit_factors(problem, form, factors, even=self.layer.even, seed=self.seed)
-            elif self.stages == "all":
-                fitted = improved(problem, factors, SWEEPS_PER_ROUND)
-            elif self.stages == "last":
-                fitted = with_last_stage(problem, factors)
-            else:
-                fitted = factors
-            self.factors[group] = fitted
-        self.fresh = False
-
-    def store(self, bias: Tensor) -> None:
-        self.layer.load_factors(Factors.joined(self.factors).balanced())
-        self.layer.add_bias().copy_(bias)
-
-
-class _Dense:
-    """A convolution that was not split, while it makes good what came before it."""
-
-    def __init__(self, layer: nn.Conv2d) -> None:
-        self.layer, self.has_bias = layer, layer.bias is not None
-        self.kernel = _kernel(layer).double()
-
-    def fit(self, problems: list[Quadratic]) -> None:
-        self.kernel = torch.stack([problem.best for problem in problems])
-
-    def store(self, bias: Tensor) -> None:
-        self.layer.weight.copy_(self.kernel.reshape(self.layer.weight.shape))
-        if self.layer.bias is not None:
-            self.layer.bias.copy_(bias)
-
-
-def _repair(
-    name: str, fit: _Split | _Dense, original: Tensor, samples: Samples, F: Tensor | None, ridge: float
-) -> Repaired:
+def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: float) -> Repaired:
     """Fit a layer to its samples; what comes out worse on them is not kept."""
     bias = fit.layer.bias
     bias = torch.zeros(len(samples.batches[0].answers)) if bias is None else bias.double()
     before = samples.error(fit.kernel, bias)
-    moments = Moments.of(samples, samples.targets())
-    rounds = ROUNDS if samples.tail.ceiling is not None else 0
-    for moved in range(rounds + 1):
-        if moved:
-            moments = moments.towards(samples, samples.nearest_targets(fit.kernel, bias))
-        centred = moments if fit.has_bias else moments.uncentred()
-        fit.fit(quadratics(original, centred, ridge, F))
-        bias = best_bias(fit.kernel, centred)
+    for phase, rounds in enumerate((1, ROUNDS) if samples.tail.ceiling is not None else (1,)):
+        targets = samples.targets()
+        if phase:  # there is a ReLU, and something to start from
+            targets = samples.nearest_targets(fit.kernel, bias)
+            fit, samples = fit.narrowed(samples)
+        moments = Moments.of(samples, targets)
+        metrics = Metric.of(moments if fit.has_bias else moments.uncentred(), fit.original.shape[3], ridge)
+        for moved in range(rounds):
+            if moved:
+                moments = moments.towards(samples, samples.nearest_targets(fit.kernel, bias))
+            centred = moments if fit.has_bias else moments.uncentred()
+            fit.fit(quadratics(fit.original, centred, metrics, F))
+            bias = best_bias(fit.kernel, centred)
     after = samples.error(fit.kernel, bias)
     if after < before:
         fit.store(bias)
@@ -225,7 +177,7 @@ def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> list
         and type(originals.get(name)) is type(module)
         and type(module.weight) is nn.Parameter
         and owners[id(module.weight)] == 1
-        and module.weight[0].numel() <= MOST_UNKNOWNS
+        and unknowns(module) <= MOST_UNKNOWNS
     ]
 
 

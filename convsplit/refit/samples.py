@@ -8,16 +8,17 @@ For patches x[P] (P = I·K, channel by channel) and targets y[O] at each positio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from convsplit.layers import SeparableConv2d
 from convsplit.moments import all_reduced, sampled_outputs, sampled_patches, thinning
 from convsplit.refit.tail import Tail
 from convsplit.refit.walk import Stop
+
+GRAM_BLOCK = 768  # rows of a moment computed at once
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Samples:
 
     batches: Sequence[Sample]
     tail: Tail
+
+    def through(self, filters: Tensor) -> Samples:
+        """The same with features, filters [G, R, P] times patches, in the place of patches."""
+        batches = [replace(each, patches=filters.to(each.patches) @ each.patches) for each in self.batches]
+        return replace(self, batches=batches)
 
     def targets(self) -> list[Tensor]:
         """What the layer should answer [O, n] in each batch, so that the model goes on as the original does."""
@@ -80,25 +86,31 @@ def _answer(sample: Sample, kernel: Tensor, bias: Tensor) -> Tensor:
     return (weights @ sample.patches).flatten(0, 1) + bias.to(sample.patches)[:, None]
 
 
-def take_samples(layer: nn.Conv2d | SeparableConv2d, stop: Stop, batches: int) -> Samples:
+def take_samples(
+    reader: nn.Conv2d, stop: Stop, batches: int, groups: int, before: Callable[[Tensor], Tensor]
+) -> Samples:
     """Sample what the walk has stopped at; `batches` says how many to expect, so as to thin out from the first on.
+
+    Patches are those that `reader` sees of what comes out of `before`.
 
     Raises:
         ValueError: no batch reached the layer, or one with NaN or infinite values (says which).
     """
     taken: list[Sample] = []
-    step = 1
+    step = (1, 1)
     for index, (inputs, answers, shortcuts) in enumerate(stop.values()):
         if inputs.dim() == 3:  # an image on its own
             inputs, answers = inputs.unsqueeze(0), answers.unsqueeze(0)
             shortcuts = shortcuts and (shortcuts[0].unsqueeze(0), shortcuts[1].unsqueeze(0))
         if index == 0:
-            step = thinning(answers[:, 0].numel() * batches, layer.in_channels * math.prod(layer.kernel_size))
+            step = thinning(
+                answers.shape[-2:], len(answers) * batches, reader.in_channels * math.prod(reader.kernel_size)
+            )
         added = shortcuts and (
             sampled_outputs(shortcuts[0], step, index),
             sampled_outputs(shortcuts[1], step, index),
         )
-        patches = _patches(layer, inputs, answers, step, index)
+        patches = sampled_patches(reader, groups, before(inputs), answers.shape[-2:], step, index)
         sample = Sample(patches, sampled_outputs(answers, step, index), added)
         if not (sample.patches.isfinite().all() and sample.answers.isfinite().all()):
             raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
@@ -106,13 +118,6 @@ def take_samples(layer: nn.Conv2d | SeparableConv2d, stop: Stop, batches: int) -
     if not taken:
         raise ValueError("no calibration batch reached this layer")
     return Samples(taken, stop.tail)
-
-
-def _patches(layer: nn.Conv2d | SeparableConv2d, inputs: Tensor, answers: Tensor, step: int, index: int) -> Tensor:
-    if isinstance(layer, SeparableConv2d) and "pad" in layer.stages:
-        inputs = layer.stages["pad"](inputs)
-    geometry = layer.depthwise if isinstance(layer, SeparableConv2d) else layer
-    return sampled_patches(geometry, layer.groups, inputs, answers.shape[-2:], step, index)
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,8 @@ class Moments:
         """Moments of all patches and of targets [O, n]."""
         patches = [sample.patches for sample in samples.batches]
         count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches))))
-        mean = _total([x.sum(2).double() for x in patches]) / count
-        second = _total([(x @ x.mT).double() for x in patches]) / count - mean.unsqueeze(2) * mean.unsqueeze(1)
+        mean = _total(x.sum(2) for x in patches) / count
+        second = _total(map(_gram, patches)).div_(count).sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
         empty = second.new_empty(0)
         return cls(second, empty, mean, empty, count).towards(samples, targets)
 
@@ -139,8 +144,8 @@ class Moments:
         """The same patches with other targets."""
         G = len(self.patch_mean)
         grouped = [y.reshape(G, len(y) // G, -1) for y in targets]
-        mean = _total([y.sum(2).double() for y in grouped]) / self.count
-        cross = _total([(y @ s.patches.mT).double() for y, s in zip(grouped, samples.batches, strict=True)])
+        mean = _total(y.sum(2) for y in grouped) / self.count
+        cross = _total(y @ s.patches.mT for y, s in zip(grouped, samples.batches, strict=True))
         return replace(
             self, cross=cross / self.count - mean.unsqueeze(2) * self.patch_mean.unsqueeze(1), target_mean=mean
         )
@@ -154,5 +159,24 @@ class Moments:
         )  # fmt: skip
 
 
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return all_reduced(sum(parts[1:], parts[0].clone()))
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum over batches and processes, in float64; one part is held at a time."""
+    rest = iter(parts)
+    total = next(rest).double()
+    for part in rest:
+        total += part
+    return all_reduced(total)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """The products x x' of [G, P, n]; most blocks are computed on one side of the diagonal only."""
+    blocks = torch.split(x, GRAM_BLOCK, 1)
+    gram = x.new_empty(len(x), x.shape[1], x.shape[1])
+    for i, rows in enumerate(blocks):
+        for j, columns in enumerate(blocks[: i + 1]):
+            block = rows @ columns.mT
+            a, b = i * GRAM_BLOCK, j * GRAM_BLOCK
+            gram[:, a : a + block.shape[1], b : b + block.shape[2]] = block
+            if j < i:
+                gram[:, b : b + block.shape[2], a : a + block.shape[1]] = block.mT
+    return gram

@@ -9,6 +9,9 @@ a quadratic in W, hence in each factor while the others stand still. A ridge pul
 S and C become S + lambda and C + lambda W0, so that directions the calibration inputs never take keep their weights.
 The best dense kernel W1 = C S^-1 turns E into the distance || F^(1/2) (W - W1) S^(1/2) ||, the metric in which factors
 are fitted; everything below works per group.
+
+What costs time is S times filters [P, R]: 2 P²R operations, the only ones that grow with the square of P. They are
+counted below, and done again only where the filters have changed.
 """
 
 from __future__ import annotations
@@ -26,49 +29,78 @@ from convsplit.moments import Marginals, Root, whitened
 from convsplit.refit.samples import Moments
 
 RIDGE = 1e-3  # of the mean variance of an input
-SWEEP_FLOPS = 2e11  # what the alternation of one layer may cost beyond one sweep
-CG_STEPS = 4
-MOST_SWEEPS = 30
+SWEEP_FLOPS = 1e11  # what the alternation of one layer may cost: the largest layers do without
+CG_STEPS = 2
+WIDE = 1000  # patches from here on are multiplied in float32
+MOST_SWEEPS = 8  # more of them change the drift of a network by less than the choice of images does
 
 
 @dataclass(frozen=True)
-class Quadratic:
-    """E(W) of one group: metrics S [P, P] of inputs and F [O, O] of outputs, the best dense kernel W1 [O, I, K]."""
+class Metric:
+    """S [P, P] of one group's inputs, the ridge on its diagonal included; P = I·K, of K positions."""
 
     S: Tensor
-    best: Tensor
-    F: Tensor
+    ridge: Tensor
+    K: int
+
+    @classmethod
+    def of(cls, moments: Moments, K: int, ridge: float = RIDGE) -> list[Metric]:
+        """The metric of each group."""
+        # A patch whose inputs never change has no variance, but a metric all the same.
+        pulls = (ridge * moments.patches.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)
+        return [cls(_lifted(S, pull), pull, K) for S, pull in zip(moments.patches, pulls, strict=True)]
+
+    def times(self, filters: Tensor) -> Tensor:
+        """S times filters [P, R], in float32 where P is large: it rounds off far less than the ridge adds."""
+        return (self._narrow @ filters.to(self._narrow.dtype)).to(filters.dtype)
+
+    @cached_property
+    def _narrow(self) -> Tensor:
+        return self.S.float() if len(self.S) > WIDE else self.S
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The Cholesky factor of S."""
+        return _cholesky(self.S)
 
     @cached_property
     def marginals(self) -> Marginals:
         """Second moments over channels and over positions; S is near their Kronecker product."""
-        _, I, K = self.best.shape
-        S = self.S.reshape(1, I, K, I, K)
+        S = self.S.reshape(1, -1, self.K, len(self.S) // self.K, self.K)
         return Marginals(S.diagonal(dim1=2, dim2=4).mean(3), S.diagonal(dim1=1, dim2=3).mean(3))
 
+
+@dataclass(frozen=True)
+class Quadratic:
+    """E(W) of one group: metrics of its inputs and F [O, O] of its outputs, and what pulls, W1 S [O, I, K]."""
+
+    metric: Metric
+    pull: Tensor
+    F: Tensor
+
     @cached_property
-    def pull(self) -> Tensor:
-        """W1 S [O, I, K], the gradient's constant part but for F."""
-        return (self.best.flatten(1) @ self.S).reshape(self.best.shape)
+    def best(self) -> Tensor:
+        """The best dense kernel W1 [O, I, K]."""
+        return torch.cholesky_solve(self.pull.flatten(1).mT, self.metric.factor).mT.reshape(self.pull.shape)
 
-    def loss(self, kernel: Tensor) -> float:
-        """E of a kernel [O, I, K] but for its constant, relative to that of zero."""
-        miss, whole = (kernel - self.best).flatten(1), self.best.flatten(1)
-        nothing = (self.F @ whole * self.pull.flatten(1)).sum()
-        return float((self.F @ miss * (miss @ self.S)).sum() / nothing.clamp_min(1e-300))
+    @cached_property
+    def constant(self) -> float:
+        """E(0): what the constant in E is."""
+        return float((self.F @ self.best.flatten(1) * self.pull.flatten(1)).sum())
 
 
-def quadratics(kernel: Tensor, moments: Moments, ridge: float = RIDGE, F: Tensor | None = None) -> list[Quadratic]:
+def quadratics(kernel: Tensor, moments: Moments, metrics: list[Metric], F: Tensor | None = None) -> list[Quadratic]:
     """The quadratic of each group for original kernels [G, O, I, K] and a metric F [G·O, G·O] of the outputs."""
     G, O = kernel.shape[:2]
-    P = moments.patches.shape[1]
-    # All of S where the inputs never change.
-    pull = (ridge * moments.patches.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)[:, None, None]
-    S = moments.patches + pull * torch.eye(P, dtype=pull.dtype, device=pull.device)
-    best = _cholesky_solve(S, (moments.cross + pull * kernel.double().flatten(2)).mT).mT.reshape(kernel.shape)
-    metric = torch.eye(G * O, dtype=S.dtype, device=S.device) if F is None else F
-    blocks = [metric[g * O : (g + 1) * O, g * O : (g + 1) * O] for g in range(G)]
-    return [Quadratic(*parts) for parts in zip(S, best, blocks, strict=True)]
+    F = torch.eye(G * O, dtype=torch.float64, device=kernel.device) if F is None else F
+    return [
+        Quadratic(
+            metric,
+            moments.cross[g].reshape(kernel.shape[1:]) + metric.ridge * kernel[g].double(),
+            F[g * O : (g + 1) * O, g * O : (g + 1) * O],
+        )
+        for g, metric in enumerate(metrics)
+    ]
 
 
 def best_bias(kernel: Tensor, moments: Moments) -> Tensor:
@@ -80,13 +112,15 @@ def best_bias(kernel: Tensor, moments: Moments) -> Tensor:
 def fit_factors(problem: Quadratic, form: Form, current: Factors, *, even: bool, seed: int = 0) -> Factors:
     """The factors of one group ([1, ...]) fitted to its quadratic, from the layer's own or a fresh start if better."""
     fresh = whitened_factors(problem, form, current.spatial.shape[1], even=even, seed=seed)
-    starts = (with_last_stage(problem, current), with_last_stage(problem, fresh))
-    return improved(problem, min(starts, key=lambda each: problem.loss(_kernel_of(problem, each))))
+    fitted = [improved(problem, start, sweeps=0) for start in (current, fresh)]
+    start = min(fitted, key=lambda each: each[1])[0]
+    sweeps = min(MOST_SWEEPS, _affordable_sweeps(problem, start))
+    return improved(problem, start, sweeps)[0] if sweeps else start
 
 
-def improved(problem: Quadratic, factors: Factors, sweeps: int = MOST_SWEEPS) -> Factors:
-    """All stages alternately, the last one exactly in the end."""
-    return with_last_stage(problem, alternate(problem, factors, min(sweeps, _affordable_sweeps(problem, factors))))
+def with_last_stage(problem: Quadratic, start: Factors) -> Factors:
+    """The same factors but for the last stage, which is the best there is."""
+    return improved(problem, start, sweeps=0)[0]
 
 
 def whitened_factors(problem: Quadratic, form: Form, components: int, *, even: bool, seed: int) -> Factors:
@@ -95,7 +129,7 @@ def whitened_factors(problem: Quadratic, form: Form, components: int, *, even: b
     There E is the plain distance to the kernel W1 times the roots of S_I and S_K, which the form factorises as ever.
     Its last stage is to be fitted afterwards: a pointwise one comes in the metric F^(1/2) W1 and is not used.
     """
-    channels, positions = problem.marginals.roots(mix_channels=form.expands)
+    channels, positions = problem.metric.marginals.roots(mix_channels=form.expands)
     white = whitened(problem.best.unsqueeze(0), channels, positions)
     if form.projects:
         white = torch.einsum("po,goik->gpik", Root.of(problem.F.unsqueeze(0)).root[0], white).contiguous()
@@ -104,99 +138,98 @@ def whitened_factors(problem: Quadratic, form: Form, components: int, *, even: b
     return replace(fit, spatial=fit.spatial @ positions.inverse, inputs=inputs)
 
 
-def with_last_stage(problem: Quadratic, start: Factors) -> Factors:
-    """The same factors but for the last stage, which is the best there is."""
-    if start.outputs is not None:
-        outputs = fit_outputs(problem, _filters(*_inputs_and_spatial(problem, start)))
-        return replace(start, outputs=outputs.unsqueeze(0))
-    assert start.inputs is not None
-    assert start.channels is not None
-    spatial = fit_spatial_last(problem, start.inputs[0], start.channels[0])
-    return replace(start, spatial=spatial.unsqueeze(0))
+def improved(problem: Quadratic, start: Factors, sweeps: int, tolerance: float = 2e-4) -> tuple[Factors, float]:
+    """Alternating least squares on E, the last stage exactly in the end; with it E, but for its constant.
 
-
-def alternate(problem: Quadratic, start: Factors, sweeps: int, tolerance: float = 2e-4) -> Factors:
-    """Alternating least squares on E: outputs exactly, inputs and spatial by a few conjugate gradient steps.
-
-    The systems of the latter two have I·R and K·R unknowns and are never formed: applying one is two products with S.
-    A stage that only picks channels stays as it is.
+    The last stage is solved for, the ones before it take a few conjugate gradient steps each: their systems have I·R
+    and K·R unknowns and are never formed. A stage that only picks channels stays as it is.
     """
+    S = problem.metric.times
     B, C = _inputs_and_spatial(problem, start)
-    A = start.outputs[0] if start.outputs is not None else _picks(start, len(problem.best))
+    A = start.outputs[0] if start.outputs is not None else _picks(start, len(problem.pull))
+    pull = problem.pull.flatten(1)
     loss = float("inf")
-    for _ in range(sweeps):
-        if start.outputs is not None:
-            A = fit_outputs(problem, _filters(B, C))
-        before, loss = loss, problem.loss(_kernel(A, B, C))
-        if before - loss < tolerance * before:
+    for sweep in range(sweeps + 1):
+        if start.outputs is None:
+            C = fit_spatial_last(problem, B, start).mT
+            M = _filters(B, C)
+            W = A @ M.mT
+            before, loss = loss, float((W * (S(W.mT).mT - 2 * pull)).sum())  # F = 1 where outputs are only picked
+        else:
+            C = _unit_columns(C)
+            M = _filters(B, C)
+            SM = S(M)
+            A = _cholesky_solve(M.mT @ SM, (pull @ M).mT).mT
+            before, loss = loss, -float((problem.F @ A * (pull @ M)).sum())  # A solves its own system
+        if sweep == sweeps or before - loss < tolerance * (problem.constant + loss):
             break
-        if start.outputs is not None:
-            A, C = _unit_columns(A, C)
-        if start.inputs is not None:
-            C, B = _unit_columns(C, B)
+        if start.outputs is None:
+            SM = S(M)
+        else:
+            scale = A.norm(dim=0)
+            A, C, SM = _unit_columns(A), C * scale, SM * scale
         weighted = problem.F @ A
-        gram, pulled = A.mT @ weighted, torch.einsum("or,oik->ikr", weighted, problem.pull)
+        gram, pulled = A.mT @ weighted, pull.mT @ weighted
         if start.inputs is not None:
-            B = _improved_inputs(problem, gram, pulled, B, C)
-        C = _improved_spatial(problem, gram, pulled, B, C)
-    return Factors(
+            B = _improved_inputs(problem, gram, pulled - SM @ gram, B, C)
+        if start.outputs is not None:
+            SM = SM if start.inputs is None else S(_filters(B, C))
+            C = _improved_spatial(problem, gram, pulled - SM @ gram, B, C)
+    fitted = Factors(
         spatial=C.mT.unsqueeze(0),
         outputs=None if start.outputs is None else A.unsqueeze(0),
         inputs=None if start.inputs is None else B.mT.unsqueeze(0),
         channels=start.channels,
     )
+    return fitted, loss
 
 
-def fit_outputs(problem: Quadratic, filters: Tensor) -> Tensor:
-    """The last pointwise stage A[O, R] for filters [P, R] in front of it: A = W1 S M (M' S M)^-1."""
-    SM = problem.S @ filters
-    return _cholesky_solve(filters.mT @ SM, (problem.best.flatten(1) @ SM).mT).mT
-
-
-def fit_spatial_last(problem: Quadratic, inputs: Tensor, channels: Tensor) -> Tensor:
-    """The depthwise stage [R, K] of pw-dw behind inputs [R, I]: one small system per output channel."""
-    _, I, K = problem.best.shape
-    R = len(inputs)
-    S = problem.S.reshape(I, K, I * K)
-    spatial = torch.zeros(R, K, dtype=inputs.dtype, device=inputs.device)
+def fit_spatial_last(problem: Quadratic, B: Tensor, start: Factors) -> Tensor:
+    """The depthwise stage [R, K] of pw-dw behind inputs B [I, R]: one small system per output channel."""
+    assert start.channels is not None
+    channels = start.channels[0]
+    _, I, K = problem.pull.shape
+    S = problem.metric.S.reshape(I, K, I * K)
+    spatial = torch.zeros(len(channels), K, dtype=B.dtype, device=B.device)
     for channel in torch.unique(channels):
         own = (channels == channel).nonzero().squeeze(1)
-        b = inputs[own]
-        mixed = torch.einsum("ri,ikp->rkp", b, S).reshape(-1, I, K)
-        normal = torch.einsum("nik,ri->nrk", mixed, b).reshape(len(own) * K, -1)
-        rhs = torch.einsum("ri,ik->rk", b, problem.pull[channel]).reshape(-1, 1)
+        b = B[:, own]
+        mixed = torch.einsum("ir,ikp->rkp", b, S).reshape(-1, I, K)
+        normal = torch.einsum("nik,ir->nrk", mixed, b).reshape(len(own) * K, -1)
+        rhs = torch.einsum("ir,ik->rk", b, problem.pull[channel]).reshape(-1, 1)
         spatial[own] = _cholesky_solve(normal, rhs).reshape(-1, K)
     return spatial
 
 
-def _improved_inputs(problem: Quadratic, gram: Tensor, pulled: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """B [I, R] nearer to the solution of its normal equations; `pulled` is A'F W1 S [I, K, R]."""
-    positions = problem.marginals.positions[0]
+def _improved_inputs(problem: Quadratic, gram: Tensor, residual: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """B [I, R] nearer to the solution of its normal equations; `residual` is A'F (W1 - W) S as [P, R]."""
+    positions = problem.metric.marginals.positions[0]
     return _improved(
-        problem, gram, pulled, B, problem.marginals.channels[0], gram * (C.mT @ positions @ C),
+        problem, gram, residual, B, problem.metric.marginals.channels[0], gram * (C.mT @ positions @ C),
         filters=lambda X: _filters(X, C), gather=lambda Y: torch.einsum("ikr,kr->ir", Y, C),
     )  # fmt: skip
 
 
-def _improved_spatial(problem: Quadratic, gram: Tensor, pulled: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def _improved_spatial(problem: Quadratic, gram: Tensor, residual: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """C [K, R] likewise."""
-    channels = problem.marginals.channels[0]
+    channels = problem.metric.marginals.channels[0]
     return _improved(
-        problem, gram, pulled, C, problem.marginals.positions[0], gram * (B.mT @ channels @ B),
+        problem, gram, residual, C, problem.metric.marginals.positions[0], gram * (B.mT @ channels @ B),
         filters=lambda X: _filters(B, X), gather=lambda Y: torch.einsum("ikr,ir->kr", Y, B),
     )  # fmt: skip
 
 
 def _improved(
-    problem: Quadratic, gram: Tensor, pulled: Tensor, start: Tensor, own: Tensor, mixed: Tensor, *,
+    problem: Quadratic, gram: Tensor, residual: Tensor, start: Tensor, own: Tensor, mixed: Tensor, *,
     filters: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """A few conjugate gradient steps on gather(S filters(X) gram) = gather(pulled), preconditioned by own x mixed."""
+    """A few conjugate gradient steps on gather(S filters(X) gram) = gather(pull), preconditioned by own x mixed."""
+    shape = (-1, problem.metric.K, residual.shape[1])
 
     def apply(X: Tensor) -> Tensor:
-        return gather((problem.S @ filters(X) @ gram).reshape(pulled.shape))
+        return gather((problem.metric.times(filters(X)) @ gram).reshape(shape))
 
-    return _conjugate_gradients(apply, _kronecker_inverse(own, mixed), start, gather(pulled))
+    return _conjugate_gradients(apply, _kronecker_inverse(own, mixed), start, gather(residual.reshape(shape)))
 
 
 def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
@@ -206,10 +239,9 @@ def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor
 
 
 def _conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], x: Tensor, rhs: Tensor
+    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor
 ) -> Tensor:
-    """A few steps towards apply(x) = rhs; every step lowers the quadratic, so stopping early is safe."""
-    residual = rhs - apply(x)
+    """A few steps from x with its residual; every step lowers the quadratic, so stopping early is safe."""
     direction = z = precondition(residual)
     rz = (residual * z).sum()
     for _ in range(CG_STEPS):
@@ -231,15 +263,21 @@ def _cholesky_solve(normal: Tensor, rhs: Tensor) -> Tensor:
 
 
 def _cholesky(normal: Tensor) -> Tensor:
-    """The Cholesky factor of positive semi-definite matrices [..., n, n], the diagonal raised until there is one."""
-    most = normal.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(normal.dtype).tiny)[..., None, None]
-    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    """The Cholesky factor of a positive semi-definite matrix, its diagonal raised until there is one."""
+    most = normal.diagonal().amax().clamp_min(torch.finfo(normal.dtype).tiny)
     factor: Tensor
     for exponent in range(-12, 1):
-        factor, failed = torch.linalg.cholesky_ex(normal + 10.0**exponent * most * eye)
-        if not failed.any():
+        factor, failed = torch.linalg.cholesky_ex(_lifted(normal, 10.0**exponent * most))
+        if not failed:
             break
     return factor
+
+
+def _lifted(matrix: Tensor, by: Tensor) -> Tensor:
+    """The matrix with its diagonal raised."""
+    lifted = matrix.clone()
+    lifted.diagonal().add_(by)
+    return lifted
 
 
 def _filters(B: Tensor, C: Tensor) -> Tensor:
@@ -247,19 +285,14 @@ def _filters(B: Tensor, C: Tensor) -> Tensor:
     return (B.unsqueeze(1) * C).reshape(-1, B.shape[1])
 
 
-def _kernel(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    return (A @ _filters(B, C).mT).reshape(len(A), len(B), len(C))
-
-
-def _unit_columns(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The same products with unit columns in the first: well-scaled systems for the other."""
-    norms = one.norm(dim=0).clamp_min(torch.finfo(one.dtype).tiny)
-    return one / norms, other * norms
+def _unit_columns(matrix: Tensor) -> Tensor:
+    norms: Tensor = matrix.norm(dim=0)
+    return matrix / norms.clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def _inputs_and_spatial(problem: Quadratic, factors: Factors) -> tuple[Tensor, Tensor]:
     """B [I, R] and C [K, R] of one group."""
-    B = factors.inputs[0].mT if factors.inputs is not None else _picks(factors, problem.best.shape[1])
+    B = factors.inputs[0].mT if factors.inputs is not None else _picks(factors, problem.pull.shape[1])
     return B, factors.spatial[0].mT
 
 
@@ -269,13 +302,8 @@ def _picks(factors: Factors, channels: int) -> Tensor:
     return one_hot(factors.channels[0], channels).mT.to(factors.spatial.dtype)
 
 
-def _kernel_of(problem: Quadratic, factors: Factors) -> Tensor:
-    O, I, _ = problem.best.shape
-    return factors.kernel(O, I)[0]
-
-
 def _affordable_sweeps(problem: Quadratic, factors: Factors) -> int:
-    """As many sweeps as the flops allow: one for the largest layers."""
-    P, R = len(problem.S), factors.spatial.shape[1]
-    sweep = 2.0 * P * P * R * (2 + 2 * (CG_STEPS + 1))
-    return int(max(SWEEP_FLOPS / sweep, 1))
+    """As many sweeps as the operations allow; none for the largest layers, whose start is good already."""
+    P, R = len(problem.metric.S), factors.spatial.shape[1]
+    products = 2 + 2 * CG_STEPS
+    return int(SWEEP_FLOPS / (2.0 * P * P * R * products))

@@ -1,0 +1,168 @@
+"""What is fitted of a layer: all its factors, its last stage, its bias, or a dense kernel.
+
+Each is a linear map, `kernel` [G, O, I, K], of some samples of what reaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from convsplit.forms import Factors, form_named
+from convsplit.layers import SeparableConv2d
+from convsplit.refit.samples import Samples, take_samples
+from convsplit.refit.solve import Quadratic, fit_factors, with_last_stage
+from convsplit.refit.walk import Stop
+
+MOST_UNKNOWNS = 5000  # inputs of a convolution, times kernel positions: what closed form is affordable for
+
+
+class Fit:
+    """A layer while something of it is fitted; nothing in the layer changes before `store`."""
+
+    layer: SeparableConv2d | nn.Conv2d
+    original: Tensor  # [G, O, I, K], the kernel that a ridge pulls towards
+    kernel: Tensor  # [G, O, I, K], as fitted so far
+    has_bias = True  # split layers get one where there is none
+
+    def take(self, stop: Stop, batches: int) -> Samples:
+        """Samples of what the kernel is applied to."""
+        raise NotImplementedError
+
+    def fit(self, problems: list[Quadratic]) -> None:
+        """Move the kernel to the minimum of each group's quadratic."""
+        self.kernel = torch.stack([problem.best for problem in problems])
+
+    def store(self, bias: Tensor) -> None:
+        """Put what was found into the layer."""
+        raise NotImplementedError
+
+    def narrowed(self, samples: Samples) -> tuple[Fit, Samples]:
+        """What further rounds go on with: the last stage alone where it can be told apart."""
+        return self, samples
+
+
+class DenseKernel(Fit):
+    """A convolution that was not split, while it makes good what came before it."""
+
+    def __init__(self, layer: nn.Conv2d, original: Tensor) -> None:
+        self.layer, self.original = layer, original
+        self.kernel = layer.weight.detach().double().reshape(original.shape)
+        self.has_bias = layer.bias is not None
+
+    def take(self, stop: Stop, batches: int) -> Samples:
+        assert isinstance(self.layer, nn.Conv2d)
+        return take_samples(self.layer, stop, batches, self.layer.groups, nn.Identity())
+
+    def store(self, bias: Tensor) -> None:
+        self.layer.weight.copy_(self.kernel.reshape(self.layer.weight.shape))
+        if self.layer.bias is not None:
+            self.layer.bias.copy_(bias)
+
+
+class AllFactors(Fit):
+    """A split layer while all its factors are fitted, or the last stage of a form that ends depthwise."""
+
+    layer: SeparableConv2d
+
+    def __init__(self, layer: SeparableConv2d, original: Tensor, *, fresh: bool, seed: int) -> None:
+        self.layer, self.original, self.fresh, self.seed = layer, original, fresh, seed
+        self._hold(layer.factors().to(torch.float64).by_group())
+
+    def _hold(self, factors: list[Factors]) -> None:
+        self.factors = factors
+        self.kernel = Factors.joined(factors).kernel(*self.original.shape[1:3])
+
+    def take(self, stop: Stop, batches: int) -> Samples:
+        pad = self.layer.stages.get("pad", nn.Identity())
+        return take_samples(self.layer.depthwise, stop, batches, self.layer.groups, pad)
+
+    def fit(self, problems: list[Quadratic]) -> None:
+        form, even = form_named(self.layer.form), self.layer.even
+        self._hold(
+            [
+                fit_factors(problem, form, factors, even=even, seed=self.seed)
+                if self.fresh
+                else with_last_stage(problem, factors)
+                for problem, factors in zip(problems, self.factors, strict=True)
+            ]
+        )
+        self.fresh = False
+
+    def store(self, bias: Tensor) -> None:
+        self.layer.load_factors(Factors.joined(self.factors).balanced())
+        self.layer.add_bias().copy_(bias)
+
+    def narrowed(self, samples: Samples) -> tuple[Fit, Samples]:
+        factors = Factors.joined(self.factors)
+        if factors.outputs is None:
+            return self, samples
+        filters = factors.filters(self.original.shape[2]).flatten(2)
+        return LastPointwise(self.layer, factors), samples.through(filters)
+
+
+class LastPointwise(Fit):
+    """The last stage of a split layer: a dense convolution of what the others make of its input."""
+
+    layer: SeparableConv2d
+
+    def __init__(self, layer: SeparableConv2d, factors: Factors) -> None:
+        assert factors.outputs is not None
+        self.layer, self.factors = layer, factors
+        self.kernel = self.original = factors.outputs.double().unsqueeze(3)  # [G, O, R, 1]
+
+    def take(self, stop: Stop, batches: int) -> Samples:
+        *before, (_, last) = self.layer.stages.items()
+        assert isinstance(last, nn.Conv2d)
+        return take_samples(last, stop, batches, last.groups, nn.Sequential(OrderedDict(before)))
+
+    def store(self, bias: Tensor) -> None:
+        self.layer.load_factors(replace(self.factors, outputs=self.kernel.squeeze(3)).balanced())
+        self.layer.add_bias().copy_(bias)
+
+
+class BiasAlone(Fit):
+    """The bias of a split layer, added to what its stages make of the input."""
+
+    layer: SeparableConv2d
+
+    def __init__(self, layer: SeparableConv2d) -> None:
+        self.layer = layer
+        eye = torch.eye(layer.out_channels, dtype=torch.float64, device=layer.depthwise.weight.device)
+        self.kernel = self.original = eye[None, :, :, None]
+
+    def take(self, stop: Stop, batches: int) -> Samples:
+        O, bias = self.layer.out_channels, self.layer.bias
+
+        def unbiased(x: Tensor) -> Tensor:
+            answer: Tensor = self.layer(x)
+            return answer if bias is None else answer - bias[:, None, None]
+
+        return take_samples(nn.Conv2d(O, O, 1, device="meta"), stop, batches, 1, unbiased)
+
+    def fit(self, problems: list[Quadratic]) -> None:
+        pass
+
+    def store(self, bias: Tensor) -> None:
+        self.layer.add_bias().copy_(bias)
+
+
+def fit_of(layer: SeparableConv2d | nn.Conv2d, original: Tensor, stages: str, seed: int) -> Fit:
+    """What is fitted of a layer with an original kernel [G, O, I, K]: as much of `stages` as closed form can afford."""
+    if not isinstance(layer, SeparableConv2d):
+        return DenseKernel(layer, original)
+    projects, wide = form_named(layer.form).projects, unknowns(layer) > MOST_UNKNOWNS
+    if stages == "bias" or (wide and not projects):
+        return BiasAlone(layer)
+    if projects and (wide or stages == "last"):
+        return LastPointwise(layer, layer.factors())
+    return AllFactors(layer, original, fresh=stages == "all", seed=seed)
+
+
+def unknowns(layer: SeparableConv2d | nn.Conv2d) -> int:
+    """Inputs of a convolution, times kernel positions."""
+    return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
