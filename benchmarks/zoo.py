@@ -2,6 +2,7 @@
 
     python benchmarks/zoo.py                # all; writes benchmarks/results/zoo.md
     python benchmarks/zoo.py resnet18 ...   # some; prints
+    python benchmarks/zoo.py --repair       # instead: all up to 45 M parameters with rank 1, repaired on two images
 
 Models are built without pretrained weights, in float64 (RAFT in float32, to which it casts), batch-norm statistics
 and constant parameters drawn at random so that no layer is an identity or zero. Models above 160 M parameters (in the
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import convsplit
 from convsplit.sites import find_sites
@@ -75,6 +76,24 @@ def _examine(name: str, largest: float) -> Result:
     assert all(left)
     difference = _difference(model, converted, name)
     return Result(name, len(plan.layers), len(plan.split), left, difference, time.perf_counter() - start)
+
+
+def repair(name: str) -> tuple[convsplit.Repaired, ...]:
+    """Split a model into classical depthwise-separable layers and repair them on two batches of random images."""
+    torch.manual_seed(0)
+    model = _awakened(build(name)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", convsplit.ConversionWarning)
+        converted = convsplit.convert(model, rank=1, forms="dw-pw")
+    inputs, _ = _first_that_runs(model, name)
+    repaired = convsplit.refit(converted, model, [inputs, tree_map(_turned, inputs)])
+    assert all(p.isfinite().all() for p in converted.parameters())
+    call(converted, inputs)
+    return repaired
+
+
+def _turned(value: Any) -> Any:
+    return value.flip(-1) if isinstance(value, Tensor) else value
 
 
 def _empty(name: str) -> nn.Module:
@@ -229,8 +248,26 @@ def summary(results: list[Result]) -> str:
     )
 
 
+def parameters(name: str) -> int:
+    """How many a model has."""
+    return sum(p.numel() for p in _empty(name).parameters())
+
+
+def repair_all(wanted: list[str]) -> None:
+    """Repair each of the models that are not too large, and print what came of it."""
+    for name in wanted:
+        if parameters(name) <= LARGEST_IN_TESTS:
+            start = time.perf_counter()
+            layers = repair(name)
+            better = sum(layer.after < layer.before for layer in layers)
+            print(f"{name}: {better} of {len(layers)} layers better, {time.perf_counter() - start:.1f} s", flush=True)
+
+
 def main() -> None:
-    wanted = sys.argv[1:]
+    wanted = [name for name in sys.argv[1:] if name != "--repair"]
+    if "--repair" in sys.argv:
+        repair_all(wanted or names())
+        return
     results = []
     for name in wanted or names():
         results.append(examine(name))

@@ -175,7 +175,8 @@ def thinning(
     everything = all_reduced(torch.tensor(images)).item() * height * width
     apart = everything / min(POSITIONS_PER_UNKNOWN * channels, affordable)
     across = min(max(1, round(math.sqrt(apart))), width)
-    return min(max(1, round(apart / across)), height), across
+    down = min(max(1, round(apart / across)), height)
+    return down, min(max(1, round(apart / down)), width)  # what a low map cannot give, a wide one can
 
 
 def all_reduced(part: Tensor) -> Tensor:

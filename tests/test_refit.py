@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch import nn
 
 import convsplit
 from convsplit import Budget, SeparableConv2d
-from convsplit.forms import FORMS, grouped
-from convsplit.moments import padded
-from convsplit.refit.samples import Moments, take_samples
-from convsplit.refit.solve import Metric, quadratics
-from convsplit.refit.tail import find_tail
+from convsplit.forms import FORMS, Factors, grouped
+from convsplit.moments import padded, thinning
+from convsplit.refit.samples import Moments, Sample, Samples, take_samples
+from convsplit.refit.solve import Metric, Quadratic, fit_factors, improved, quadratics
+from convsplit.refit.tail import NO_TAIL, find_tail
 from convsplit.refit.walk import Steps, Stop
 from convsplit.sensitivity import measure_sensitivity
 from convsplit.trace import SplitTracer
@@ -92,6 +93,85 @@ def test_patches_are_what_a_convolution_sees():
     best = torch.cat([problem.best for problem in problems])
     torch.testing.assert_close(best.float(), grouped(conv.weight.detach(), 2).flatten(0, 1), rtol=1e-3, atol=1e-4)
     assert padded(conv, x).shape == (8, 4, 11, 9)
+
+
+def test_moments_are_those_of_all_positions(monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["convsplit.refit.samples"], "GRAM_BLOCK", 7
+    )  # blocks of a moment, the last smaller
+    parts = [(torch.randn(2, 20, 30), torch.randn(2 * 5, 30)) for _ in range(3)]
+    samples = Samples([Sample(x, y, None) for x, y in parts], NO_TAIL)
+    moments = Moments.of(samples, samples.targets())
+    x, y = (torch.cat(each, -1).double() for each in zip(*parts, strict=True))
+    for group in range(2):
+        both = torch.cov(torch.cat([x[group], y[5 * group : 5 * group + 5]]), correction=0)
+        torch.testing.assert_close(moments.patches[group], both[:20, :20], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments.cross[group], both[20:, :20], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("hw", "images"), [((56, 56), 64), ((257, 1), 64), ((1, 3000), 8), ((2, 2), 4), ((1, 1), 1)])
+def test_positions_are_thinned_out_to_what_is_wanted(hw, images):
+    for channels, positions, limit in ((16, 9, 1 << 20), (4, 1, 1 << 30)):
+        apart = thinning(hw, images, channels, positions, limit)
+        kept = images * -(-hw[0] // apart[0]) * -(-hw[1] // apart[1])
+        wanted = min(200 * channels, limit / (4 * channels * positions))
+        assert all(1 <= step <= side for step, side in zip(apart, hw, strict=True))
+        assert kept >= min(0.5 * wanted, images * hw[0] * hw[1])
+        assert kept <= max(2 * wanted, images) + images
+
+
+def problem_of(O: int = 6, I: int = 5, K: int = 9) -> Quadratic:
+    """The quadratic of a layer whose inputs are correlated."""
+    mixing = torch.randn(I * K, I * K, dtype=torch.float64)
+    S = mixing @ mixing.T / (I * K) + 0.1 * torch.eye(I * K)
+    weights = torch.randn(O, O, dtype=torch.float64)
+    kernel = torch.randn(O, I, K, dtype=torch.float64)
+    pull = (kernel.flatten(1) @ S).reshape(kernel.shape)
+    return Quadratic(Metric(S, torch.tensor(0.0), K), pull, weights @ weights.T + torch.eye(O))
+
+
+def energy(problem: Quadratic, factors: Factors) -> float:
+    """E by its definition."""
+    W = factors.kernel(*problem.pull.shape[:2])[0].flatten(1)
+    return float(torch.trace(problem.F @ W @ (problem.metric.S @ W.T - 2 * problem.pull.flatten(1).T)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_alternation_lowers_the_error_and_says_how_far(form):
+    torch.manual_seed(0)
+    problem = problem_of()
+    if not FORMS[form].projects:
+        problem = replace(problem, F=torch.eye(6, dtype=torch.float64))
+    conv = nn.Conv2d(5, 6, 3, bias=False)
+    conv.weight.data.copy_(problem.best.reshape(6, 5, 3, 3))
+    start = SeparableConv2d.from_conv(conv, form=form, components={"dw-pw": 10, "pw-dw": 12}.get(form, 8))
+    factors = start.factors().to(torch.float64)
+    losses = [energy(problem, factors)]
+    for sweeps in (0, 1, 4, 16):
+        fitted, loss = improved(problem, factors, sweeps, tolerance=0.0)
+        assert loss == pytest.approx(energy(problem, fitted), rel=1e-6)
+        losses.append(loss)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[1]
+    assert losses[-1] > -problem.constant
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_at_full_rank_the_fit_is_the_best_dense_kernel(form):
+    torch.manual_seed(0)
+    problem = problem_of()
+    conv = nn.Conv2d(5, 6, 3).double()
+    layer = SeparableConv2d.from_conv(conv, form=form, components=30)
+    fitted = fit_factors(problem, FORMS[form], layer.factors(), even=False)
+    torch.testing.assert_close(fitted.kernel(6, 5)[0], problem.best, rtol=1e-3, atol=1e-3)
+
+
+def test_wide_layers_multiply_in_single_precision():
+    S = torch.randn(1100, 1100, dtype=torch.float64)
+    metric, filters = Metric(S, torch.tensor(0.0), 1), torch.randn(1100, 3, dtype=torch.float64)
+    product = metric.times(filters)
+    assert product.dtype == torch.float64
+    torch.testing.assert_close(product, S @ filters, rtol=1e-4, atol=1e-3)
 
 
 def test_every_walk_gives_the_same(monkeypatch):

@@ -32,6 +32,22 @@ def test_zoo(name: str) -> None:
     assert result.split + sum(result.left.values()) == result.sites
 
 
+LARGEST_REPAIRED = 15e6  # parameters
+BLOCKS = {"resnet50"}  # larger, and of blocks that no smaller model has
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ALL)
+def test_every_model_is_repaired(name: str) -> None:
+    if name.startswith("timm/"):
+        timm = pytest.importorskip("timm")
+        if not timm.is_model(name.removeprefix("timm/")):
+            pytest.skip("not in this version of timm")
+    if name not in BLOCKS and zoo.parameters(name) > LARGEST_REPAIRED:
+        pytest.skip("too large for the tests")
+    assert all(layer.after <= layer.before for layer in zoo.repair(name))
+
+
 def test_the_zoo_is_complete() -> None:
     assert len(zoo.torchvision_names()) > 100
     assert len(set(zoo.TIMM.split())) > 90
