@@ -37,6 +37,7 @@ from convsplit.trace import (
 
 BATCH = 64  # rows of a batch where all inputs came as one tensor
 CHECKS = 20  # of the held-out drift in the course of the training
+KEPT_BYTES = 256 << 20  # what the teacher's answers to the held-out inputs may take up
 CLIP = 1.0  # norm of all gradients together
 RATE, LARGEST_RATE = 2e-3, 1e-3  # the default learning rate is RATE * drift^2, at most LARGEST_RATE
 
@@ -293,6 +294,7 @@ class _Run:
         self.step, self.spent = 0, 0.0
         self.checks: list[Check] = []
         self.best: dict[str, Tensor] = {}
+        self.answers: dict[int, Any] = {}
 
     @property
     def share(self) -> float:
@@ -354,8 +356,8 @@ class _Run:
         sums = torch.zeros(4, dtype=torch.float64)  # of squared differences, of squares, of losses; batches
         training = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
-        for batch in map(channels_last, self.data.held_out):
-            answer, wanted = (self.loss.forward(model, batch) for model in (self.model, self.loss.teacher))
+        for index, batch in enumerate(map(channels_last, self.data.held_out)):
+            answer, wanted = self.loss.forward(self.model, batch), self.taught(index, batch)
             loss = self.loss.of_outputs(answer, wanted)
             if self.loss.criterion is not None:
                 loss = loss + self.loss.criterion(answer, batch)
@@ -370,6 +372,15 @@ class _Run:
         self.checks.append(Check(self.step, self.spent, total / count, drift))
         if total / count <= min(check.loss for check in self.checks):
             self.best = {key: value.clone() for key, value in self.model.state_dict().items()}
+
+    def taught(self, index: int, batch: Batch) -> Any:
+        """The teacher's answer to a held-out batch, kept from the first check on unless it is large."""
+        if index in self.answers:
+            return self.answers[index]
+        answer = self.loss.forward(self.loss.teacher, batch)
+        if sum(t.numel() * t.element_size() for t in tensors_in(answer)) * len(self.data.held_out) < KEPT_BYTES:
+            self.answers[index] = answer
+        return answer
 
     @torch.no_grad()
     def restore_best(self) -> None:
