@@ -51,7 +51,7 @@ def sampled_outputs(outputs: Tensor, step: Pair, index: int) -> Tensor:
 def _corner(output_hw: Sequence[int], step: Pair, index: int) -> Pair:
     """Where the grid of positions begins; processes that deal out batches in turn take the corners of one alone."""
     height, width = output_hw
-    if _shared():
+    if is_shared():
         index = index * distributed.get_world_size() + distributed.get_rank()
     return min(index // step[1] % step[0], height - 1), min(index % step[1], width - 1)
 
@@ -179,12 +179,15 @@ def thinning(
     return down, min(max(1, round(apart / down)), width)  # what a low map cannot give, a wide one can
 
 
-def all_reduced(part: Tensor) -> Tensor:
-    """The sum over all processes, where several share the work."""
-    if _shared():
-        distributed.all_reduce(part)
-    return part
+def all_reduced(part: Tensor, operation: str = "SUM") -> Tensor:
+    """The sum (or "MAX") over all processes, where several share the work."""
+    if not is_shared():
+        return part
+    reached = part.to("cuda") if distributed.get_backend() == "nccl" else part.contiguous()  # which takes no others
+    distributed.all_reduce(reached, getattr(distributed.ReduceOp, operation))
+    return reached.to(part.device)
 
 
-def _shared() -> bool:
+def is_shared() -> bool:
+    """Whether several processes work together, each on its own share of inputs."""
     return distributed.is_available() and distributed.is_initialized()

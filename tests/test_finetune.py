@@ -1,6 +1,7 @@
 """Fine-tuning: it helps, it stops and resumes cleanly, and leaves alone what it should."""
 
 import copy
+import importlib
 import itertools
 import math
 
@@ -128,7 +129,12 @@ def test_schedule_warms_up_and_ends_at_zero():
 # ------------------------------------------------------------------------------------------------ distillation
 
 
-@pytest.mark.parametrize("options", [{}, {"train": "split"}, {"features": 1.0}, {"freeze_norms": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train": "split"}, {"features": 1.0}, {"freeze_norms": False}]
+    + [{"mixed_precision": precision, "features": 1.0} for precision in (True, False)],
+    ids=str,
+)
 def test_distillation_lowers_the_loss(options):
     model, converted = converted_net()
     others = {k: v.clone() for k, v in converted.named_parameters() if "head" in k or "bn" in k}
@@ -143,6 +149,30 @@ def test_distillation_lowers_the_loss(options):
     assert moved == (options.get("train") != "split")
     statistics_moved = not torch.equal(model.blocks[0].bn1.running_mean, converted.blocks[0].bn1.running_mean)
     assert statistics_moved == (not options.get("freeze_norms", True))
+
+
+class Scattering(nn.Module):
+    """Adds rows of its features to a float32 tensor, which takes no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.conv(x).mean((2, 3))
+        return torch.zeros(features.shape).index_add_(0, torch.arange(len(features)), features)
+
+
+def test_models_that_mix_dtypes_by_hand_train_in_float32(monkeypatch):
+    distillation = importlib.import_module("convsplit.finetune.distill")  # the package has a function of that name
+    monkeypatch.setattr(distillation, "has_bfloat16", lambda device: True)
+    model = Scattering().eval()
+    converted = convsplit.convert(model, images(), rank=1)
+    assert not convsplit.distill(copy.deepcopy(converted), model, images(128), epochs=2).mixed_precision
+    with pytest.raises(RuntimeError, match="same scalar type"):
+        convsplit.distill(converted, model, images(128), epochs=2, mixed_precision=True)
+    model, converted = converted_net()
+    assert convsplit.distill(converted, model, images(128), epochs=2).mixed_precision
 
 
 def test_the_learning_rate_follows_the_drift_unless_given():

@@ -27,9 +27,7 @@ class Sample:
 
     patches: Tensor  # [G, P, n], what reaches the layer in the converted model
     answers: Tensor  # [O, n], what the layer answers in the original
-    shortcuts: (
-        tuple[Tensor, Tensor] | None
-    )  # [O, n], what is added to that in the original and in the converted model
+    shortcuts: tuple[Tensor, Tensor] | None  # [O, n], what is added to that in the original and the converted model
 
     @property
     def added(self) -> Tensor | None:
@@ -103,13 +101,9 @@ def take_samples(
             inputs, answers = inputs.unsqueeze(0), answers.unsqueeze(0)
             shortcuts = shortcuts and (shortcuts[0].unsqueeze(0), shortcuts[1].unsqueeze(0))
         if index == 0:
-            step = thinning(
-                answers.shape[-2:], len(answers) * batches, reader.in_channels * math.prod(reader.kernel_size)
-            )
-        added = shortcuts and (
-            sampled_outputs(shortcuts[0], step, index),
-            sampled_outputs(shortcuts[1], step, index),
-        )
+            unknowns = reader.in_channels * math.prod(reader.kernel_size)
+            step = thinning(answers.shape[-2:], len(answers) * batches, unknowns)
+        added = shortcuts and (sampled_outputs(shortcuts[0], step, index), sampled_outputs(shortcuts[1], step, index))
         patches = sampled_patches(reader, groups, before(inputs), answers.shape[-2:], step, index)
         sample = Sample(patches, sampled_outputs(answers, step, index), added)
         if not (sample.patches.isfinite().all() and sample.answers.isfinite().all()):
