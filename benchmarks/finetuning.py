@@ -180,7 +180,7 @@ def table(results: list[dict[str, Any]]) -> Table:
         rows.append(
             [network, f"{-kept:g}", way, f"{mean(lost):.2f}", " ".join(f"{points:.2f}" for points in lost),
              f"{mean(r['agreement'] for r in each):.1f} %", f"{mean(r['drift'] for r in each):.3f}",
-             f"{mean(r['seconds'] for r in each):.0f}", f"{each[0]['threads']}"]
+             f"{mean(r['seconds'] for r in each):.0f}", "/".join(sorted({str(r["threads"]) for r in each}))]
         )  # fmt: skip
     headings = ["network", "kept", "way", "points lost", "by seed", "agreement", "drift", "seconds", "threads"]
     return Table(headings, rows, frozenset({"network", "way", "by seed"}))
@@ -197,11 +197,13 @@ def picture(results: list[dict[str, Any]]) -> None:
     networks = sorted({r["network"] for r in results})
     figure, axes = pyplot.subplots(2, len(networks), figsize=(5.2 * len(networks), 7), squeeze=False, sharey="row")
     for column, network in zip(axes.T, networks, strict=True):
-        for style, way in zip(["+:", "o:", "v:", "s-", "^-", "P-", "X--"], WAYS, strict=True):
+        for color, (style, way) in enumerate(zip(["+:", "o:", "v:", "s-", "^-", "P-", "X--"], WAYS, strict=True)):
             own = [r for r in results if r["network"] == network and r["way"] == way]
             points = {k: mean(r["lost"] for r in own if r["kept"] == k) for k in sorted({r["kept"] for r in own})}
             if points:
-                column[0].plot([100 * kept for kept in points], list(points.values()), style, label=way)
+                column[0].plot(
+                    [100 * kept for kept in points], list(points.values()), style, color=f"C{color}", label=way
+                )
         column[0].axhline(0, color="0.4", linewidth=1, label="dense")
         column[0].set(title=network, xlabel="parameters of the convolutions kept (%)", xscale="log")
         column[0].set_xticks([12.5, 25], ["12.5", "25"])
@@ -215,12 +217,14 @@ def picture(results: list[dict[str, Any]]) -> None:
         for axis in column:
             axis.grid(alpha=0.3)
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-        column[0].set_ylim(top=22)  # without data an eighth loses more than 60
+        column[0].set_yscale("symlog", linthresh=10)  # without data an eighth loses more than 60
+        column[0].set_ylim(-2, 90)
+        column[0].set_yticks([0, 2, 5, 10, 20, 50], ["0", "2", "5", "10", "20", "50"])
     axes[0][0].set_ylabel("points of accuracy lost")
     axes[1][0].set_ylabel("divergence from the dense network, held out")
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=6, fontsize=8)
     axes[1][-1].legend(fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(PICTURE, dpi=110)
 
 

@@ -19,13 +19,17 @@ QUICK = {
 ALL = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in zoo.names()]
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ALL)
-def test_zoo(name: str) -> None:
+def skip_if_missing(name: str) -> None:
     if name.startswith("timm/"):
         timm = pytest.importorskip("timm")
         if not timm.is_model(name.removeprefix("timm/")):
             pytest.skip("not in this version of timm")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ALL)
+def test_zoo(name: str) -> None:
+    skip_if_missing(name)
     result = zoo.examine(name, zoo.LARGEST_IN_TESTS)
     bar = 1e-9 if zoo.precision(name) == torch.float64 else 1e-3
     assert result.difference is None or result.difference < bar
@@ -39,10 +43,7 @@ BLOCKS = {"resnet50"}  # larger, and of blocks that no smaller model has
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ALL)
 def test_every_model_is_repaired(name: str) -> None:
-    if name.startswith("timm/"):
-        timm = pytest.importorskip("timm")
-        if not timm.is_model(name.removeprefix("timm/")):
-            pytest.skip("not in this version of timm")
+    skip_if_missing(name)
     if name not in BLOCKS and not zoo.is_repaired(name, LARGEST_REPAIRED):
         pytest.skip("too large for the tests, or for video")
     assert all(layer.after <= layer.before for layer in zoo.repair(name))
