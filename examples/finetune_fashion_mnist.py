@@ -1,6 +1,8 @@
 """The whole story on Fashion-MNIST: train, convert, repair, distil without labels, against training from scratch.
 
 python examples/finetune_fashion_mnist.py [FOLDER]     # some minutes; downloads 30 MB where the folder lacks them
+
+Needs torchvision (`pip install torchvision`).
 """
 
 import argparse

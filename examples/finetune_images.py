@@ -4,7 +4,7 @@
 
 FOLDER holds images, in sub-folders or not; labels are neither needed nor read. `--weights` names a checkpoint of the
 torchvision model; without it the ones that torchvision publishes are downloaded. With `--torchvision FashionMNIST` or
-another data set of torchvision, FOLDER is where that is kept.
+another data set of torchvision, FOLDER is where that is kept. Needs torchvision (`pip install torchvision`).
 """
 
 import argparse
