@@ -216,7 +216,7 @@ def picture(results: list[dict[str, Any]]) -> None:
         column[1].set(xlabel="seconds of distillation, three seeds")
         for axis in column:
             axis.grid(alpha=0.3)
-            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        column[1].set_ylim(bottom=0)
         column[0].set_yscale("symlog", linthresh=10)  # without data an eighth loses more than 60
         column[0].set_ylim(-2, 90)
         column[0].set_yticks([0, 2, 5, 10, 20, 50], ["0", "2", "5", "10", "20", "50"])

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import convsplit
 from convsplit.sites import find_sites
 from convsplit.tables import Table
-from convsplit.trace import call, trace
+from convsplit.trace import call, same_globals, trace
 
 LARGEST, LARGEST_IN_TESTS = 160e6, 45e6  # parameters of models that are run
 META = "on the meta device"
@@ -48,12 +48,9 @@ class Result:
 
 def examine(name: str, largest: float = LARGEST) -> Result:
     """Convert one model at full rank and run both, or look at its structure where it is large."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(precision(name))  # some models make constants in forward
-    try:
+    with same_globals():
+        torch.set_default_dtype(precision(name))  # some models make constants in forward
         return _examine(name, largest)
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def _examine(name: str, largest: float) -> Result:
@@ -102,11 +99,9 @@ def _empty(name: str) -> nn.Module:
         with torch.device("meta"):
             return build(name)
     except (NotImplementedError, RuntimeError):
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        empty = build(name).to("meta")
-        torch.set_default_dtype(dtype)
-        return empty
+        with same_globals():
+            torch.set_default_dtype(torch.float32)
+            return build(name).to("meta")
 
 
 def _is_run(model: nn.Module, largest: float) -> bool:

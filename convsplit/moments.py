@@ -35,7 +35,7 @@ def sampled_patches(
     """Patches [G, P, n] of inputs [N, I, H, W] at every `step`-th position of each axis; `index` shifts the grid."""
     top, left = _corner(output_hw, step, index)
     stride_y, stride_x = geometry.stride
-    shifted = padded(geometry, inputs.to(_wide(inputs)))[:, :, top * stride_y :, left * stride_x :]
+    shifted = padded(geometry, widened(inputs))[:, :, top * stride_y :, left * stride_x :]
     stride = (step[0] * stride_y, step[1] * stride_x)
     patches = F.unfold(shifted, geometry.kernel_size, dilation=geometry.dilation, stride=stride)
     return patches.transpose(0, 1).reshape(groups, patches.shape[1] // groups, -1)
@@ -44,7 +44,7 @@ def sampled_patches(
 def sampled_outputs(outputs: Tensor, step: Pair, index: int) -> Tensor:
     """Outputs [N, O, H', W'] at the positions of `sampled_patches`, as [O, n]."""
     top, left = _corner(outputs.shape[-2:], step, index)
-    kept = outputs.to(_wide(outputs))[:, :, top :: step[0], left :: step[1]]
+    kept = widened(outputs)[:, :, top :: step[0], left :: step[1]]
     return kept.flatten(2).transpose(0, 1).flatten(1)
 
 
@@ -56,8 +56,9 @@ def _corner(output_hw: Sequence[int], step: Pair, index: int) -> Pair:
     return min(index // step[1] % step[0], height - 1), min(index % step[1], width - 1)
 
 
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
+def widened(values: Tensor) -> Tensor:
+    """The same in float32 at least: sums of squares are not to be rounded as features are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

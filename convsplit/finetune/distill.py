@@ -22,7 +22,7 @@ from convsplit.finetune.groups import parameter_groups
 from convsplit.finetune.reconstruct import schedule
 from convsplit.layers import SeparableConv2d
 from convsplit.layout import channels_last, channels_last_weights
-from convsplit.moments import all_reduced, is_shared
+from convsplit.moments import all_reduced, is_shared, widened
 from convsplit.storage import write_whole
 from convsplit.trace import (
     Batch,
@@ -269,14 +269,10 @@ class _Loss:
 
     def of_outputs(self, answer: Any, wanted: Any) -> Tensor:
         """The distance of outputs of any nesting."""
-        pairs = [
-            (_wide(a), _wide(w))
-            for a, w in zip(tensors_in(answer), tensors_in(wanted), strict=True)
-            if w.is_floating_point()
-        ]
+        pairs = _floating_pairs(answer, wanted)
         if not pairs:
             raise ValueError("the models' outputs hold no floating-point tensor to learn from")
-        return torch.stack([self._of_one(a, w) for a, w in pairs]).sum()
+        return torch.stack([self._of_one(widened(a), widened(w)) for a, w in pairs]).sum()
 
     def _of_one(self, answer: Tensor, wanted: Tensor) -> Tensor:
         if wanted.dim() != 2 or wanted.shape[1] < 2:
@@ -286,9 +282,9 @@ class _Loss:
         return T * T * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _wide(values: Tensor) -> Tensor:
-    """A loss is not to be rounded as the features were."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def _floating_pairs(answer: Any, wanted: Any) -> list[tuple[Tensor, Tensor]]:
+    """What can be compared of two outputs of the same nesting."""
+    return [(a, w) for a, w in zip(tensors_in(answer), tensors_in(wanted), strict=True) if w.is_floating_point()]
 
 
 def relative(answer: Tensor, wanted: Tensor) -> Tensor:
@@ -399,9 +395,8 @@ class _Run:
             if self.loss.criterion is not None:
                 loss = loss + self.loss.criterion(answer, batch)
             sums[2:] += torch.tensor([float(loss), 1.0])
-            for a, w in zip(tensors_in(answer), tensors_in(wanted), strict=True):
-                if w.is_floating_point():
-                    sums[:2] += torch.tensor([float((a - w).square().sum()), float(w.square().sum())])
+            for a, w in _floating_pairs(answer, wanted):
+                sums[:2] += torch.tensor([float((a - w).square().sum()), float(w.square().sum())])
         return sums
 
     def taught(self, index: int, batch: Batch) -> Any:
