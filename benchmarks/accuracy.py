@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import convsplit
 from convsplit import Budget
-from convsplit.plan import Plan
+from convsplit.choose.plan import Plan
 from convsplit.tables import Table
 
 Way = Callable[[nn.Module, Tensor, list[Tensor], float, int], nn.Module]

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import convsplit
 from convsplit import Budget
-from convsplit.finetune.reconstruct import schedule
+from convsplit.finetune.reconstruction import schedule
 from convsplit.tables import Table
 
 ROOT = Path(__file__).parent

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import convsplit
 from convsplit import Budget
-from convsplit.bench import LAYOUTS
-from convsplit.latency import Stopwatch
+from convsplit.measure.bench import LAYOUTS
+from convsplit.measure.stopwatch import Stopwatch
 from convsplit.tables import Table, times_faster
 
 BUDGETS = [Budget(macs=0.5), Budget(macs=0.25), Budget(latency=0.5)]

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import convsplit
-from convsplit.sites import find_sites
+from convsplit.model.graphs import call, same_globals, trace
+from convsplit.model.sites import find_sites
 from convsplit.tables import Table
-from convsplit.trace import call, same_globals, trace
 
 LARGEST, LARGEST_IN_TESTS = 160e6, 45e6  # parameters of models that are run
 META = "on the meta device"

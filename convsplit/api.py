@@ -8,21 +8,21 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from convsplit.allocate import allocate
+from convsplit.choose.allocation import allocate
+from convsplit.choose.options import Menu, Option, find_options
+from convsplit.choose.plan import Budget, Plan, PlannedLayer
+from convsplit.data.moments import Marginals, checked_batches, measure_marginals
 from convsplit.forms import FORMS
 from convsplit.kinds import Equivalent, equivalent
-from convsplit.latency import Stopwatch
-from convsplit.layers import SeparableConv2d
-from convsplit.moments import Marginals, checked_batches, measure_marginals
-from convsplit.options import Menu, Option, find_options
-from convsplit.plan import Budget, Plan, PlannedLayer
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.measure.speed import PREFERENCES, choose_by_time, closest_split
+from convsplit.measure.stopwatch import Stopwatch
+from convsplit.model.graphs import Batch, Forward, plain_arithmetic, same_globals, scratch_copy, trace
+from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import ConversionWarning
-from convsplit.refit import refit
+from convsplit.repair.refitting import refit
 from convsplit.rewrite import apply_plan
-from convsplit.sites import Site, Skip, find_sites
 from convsplit.spec import parameter_count
-from convsplit.speed import PREFERENCES, choose_by_time, closest_split
-from convsplit.trace import Batch, Forward, plain_arithmetic, same_globals, scratch_copy, trace
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,8 +8,8 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from convsplit.api import make_plan
+from convsplit.model.graphs import Batch, attribute, conv2d_arguments, deep_copy, functional_spec
 from convsplit.rewrite import apply_plan
-from convsplit.trace import Batch, attribute, conv2d_arguments, deep_copy, functional_spec
 
 
 class SplitConv2d(PassBase):

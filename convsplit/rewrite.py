@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
-from convsplit.layers import SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.model.graphs import deep_copy, plain_arithmetic, same_globals
 from convsplit.parallel import in_parallel
-from convsplit.plan import Plan, PlannedLayer
 from convsplit.progress import ConversionWarning
 from convsplit.spec import ConvSpec
-from convsplit.trace import deep_copy, plain_arithmetic, same_globals
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -25,14 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from convsplit.choose.options import Option
+from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.forms import FORMS
 from convsplit.kinds import equivalent
-from convsplit.layers import ChannelGather, ChannelSum, SeparableConv2d, resolve_rank
-from convsplit.options import Option
-from convsplit.plan import Plan, PlannedLayer
+from convsplit.layers.separable import ChannelGather, ChannelSum, SeparableConv2d, resolve_rank
+from convsplit.model.graphs import deep_copy
 from convsplit.rewrite import apply_plan
 from convsplit.spec import ConvSpec
-from convsplit.trace import deep_copy
 
 M = TypeVar("M", bound=nn.Module)
 

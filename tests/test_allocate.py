@@ -6,9 +6,9 @@ import random
 import pytest
 
 from convsplit import Budget
-from convsplit.allocate import POWER, allocate
-from convsplit.options import Menu, Option
-from convsplit.sites import Site
+from convsplit.choose.allocation import POWER, allocate
+from convsplit.choose.options import Menu, Option
+from convsplit.model.sites import Site
 
 
 def option(params: int, error: float, macs: int | None = None) -> Option:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import convsplit
-from convsplit.layers import SeparableConv2d
-from convsplit.trace import call
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.model.graphs import call
 
 HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import convsplit
 from convsplit import Budget, SeparableConv2d
 from convsplit.finetune.blocks import find_modules, find_spans, walk_blocks
-from convsplit.finetune.reconstruct import schedule
-from convsplit.trace import SplitTracer
+from convsplit.finetune.reconstruction import schedule
+from convsplit.model.graphs import SplitTracer
 
 
 def converted_net(cls=SmallNet, fraction=0.2):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import convsplit
 from convsplit.forms import FORMS, form_named
-from convsplit.layers import SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d
 from convsplit.spec import ConvSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

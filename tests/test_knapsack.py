@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from convsplit.knapsack import best_choice
+from convsplit.choose.knapsack import best_choice
 
 Classes = list[np.ndarray]
 

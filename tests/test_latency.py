@@ -9,11 +9,11 @@ from torch import nn
 
 import convsplit
 from convsplit import Budget, SeparableConv2d, Stopwatch
-from convsplit.latency import Conditions, conditions_of, time_models
-from convsplit.options import Option, find_options
-from convsplit.sites import find_sites
-from convsplit.speed import _faster_only, choose_by_time
-from convsplit.trace import trace
+from convsplit.choose.options import Option, find_options
+from convsplit.measure.speed import _faster_only, choose_by_time
+from convsplit.measure.stopwatch import Conditions, Timing, conditions_of, time_models
+from convsplit.model.graphs import trace
+from convsplit.model.sites import find_sites
 
 
 @pytest.fixture(autouse=True)
@@ -261,15 +261,15 @@ def test_choosing_again_takes_out_what_is_slower_in_place(monkeypatch: pytest.Mo
         ]
 
     def truth(models, batch, *, layers=None, forward=None, seconds=2.0):
-        def of(each: nn.Module) -> convsplit.latency.Timing:
+        def of(each: nn.Module) -> Timing:
             split = {name: isinstance(each.get_submodule(name), SeparableConv2d) for name in ("0", "2")}
             times = {"0": 2.0 if split["0"] else 1.0, "2": 0.5 if split["2"] else 1.0}
-            return convsplit.latency.Timing(sum(times.values()), times)
+            return Timing(sum(times.values()), times)
 
         return [of(each) for each in models]
 
     monkeypatch.setattr(Stopwatch, "timed", flattering)
-    monkeypatch.setattr("convsplit.speed.time_models", truth)
+    monkeypatch.setattr("convsplit.measure.speed.time_models", truth)
     found = choose_by_time(
         net, x, menus, Budget(macs=0.8), prefer="speed", stopwatch=Stopwatch(), model_params=0, model_macs=None
     )

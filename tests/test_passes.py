@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
-from convsplit.layers import SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d
 from convsplit.passes import SplitConv2d
 
 

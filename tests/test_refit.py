@@ -11,14 +11,14 @@ from torch import nn
 
 import convsplit
 from convsplit import Budget, SeparableConv2d
+from convsplit.data.moments import padded, thinning
+from convsplit.data.sensitivity import measure_sensitivity
+from convsplit.data.tail import NO_TAIL, find_tail
+from convsplit.data.walk import Steps, Stop
 from convsplit.forms import FORMS, Factors, grouped
-from convsplit.moments import padded, thinning
-from convsplit.refit.samples import Moments, Sample, Samples, take_samples
-from convsplit.refit.solve import Metric, Quadratic, fit_factors, improved, quadratics
-from convsplit.refit.tail import NO_TAIL, find_tail
-from convsplit.refit.walk import Steps, Stop
-from convsplit.sensitivity import measure_sensitivity
-from convsplit.trace import SplitTracer
+from convsplit.model.graphs import SplitTracer
+from convsplit.repair.samples import Moments, Sample, Samples, take_samples
+from convsplit.repair.solve import Metric, Quadratic, fit_factors, improved, quadratics
 
 
 def drift(model: nn.Module, converted: nn.Module, inputs: torch.Tensor) -> float:
@@ -97,7 +97,7 @@ def test_patches_are_what_a_convolution_sees():
 
 def test_moments_are_those_of_all_positions(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["convsplit.refit.samples"], "GRAM_BLOCK", 7
+        sys.modules["convsplit.repair.samples"], "GRAM_BLOCK", 7
     )  # blocks of a moment, the last smaller
     parts = [(torch.randn(2, 20, 30), torch.randn(2 * 5, 30)) for _ in range(3)]
     samples = Samples([Sample(x, y, None) for x, y in parts], NO_TAIL)
@@ -179,9 +179,9 @@ def test_every_walk_gives_the_same(monkeypatch):
     inputs = list(images(64).split(16))
     twins = [copy.deepcopy(converted) for _ in range(3)]
     convsplit.refit(twins[0], model, inputs, target="layer", dense=False)
-    monkeypatch.setattr(sys.modules["convsplit.refit"], "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(sys.modules["convsplit.repair.refitting"], "MEMORY_LIMIT", 0)
     convsplit.refit(twins[1], model, inputs, target="layer", dense=False)
-    monkeypatch.setattr(sys.modules["convsplit.refit.walk"], "_lockstep", lambda *_: iter(()))
+    monkeypatch.setattr(sys.modules["convsplit.data.walk"], "_lockstep", lambda *_: iter(()))
     convsplit.refit(twins[2], model, inputs, target="layer", dense=False)
     for twin in twins[1:]:
         for one, other in zip(twins[0].parameters(), twin.parameters(), strict=True):
@@ -409,7 +409,7 @@ def test_nonsense_is_refused():
 @pytest.mark.parametrize("form", FORMS)
 def test_layers_too_wide_for_closed_form_are_repaired_at_their_end(form, stages, monkeypatch):
     """Audio networks have kernels of 64 positions over 1,024 channels: moments of their patches would take 34 GB."""
-    monkeypatch.setattr(sys.modules["convsplit.refit.fits"], "MOST_UNKNOWNS", 20)
+    monkeypatch.setattr(sys.modules["convsplit.repair.fits"], "MOST_UNKNOWNS", 20)
     model, converted = converted_net(form=form)
     split = {name for name, module in converted.named_modules() if isinstance(module, SeparableConv2d)}
     before = drift(model, converted, images(64, seed=1))

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 import convsplit
 from convsplit import kinds, rewrite
 from convsplit.kinds import Equivalent, equivalent, plain_conv, register
-from convsplit.layers import PaddedConv2d, SamePad2d, SeparableConv2d
-from convsplit.sites import find_sites
-from convsplit.trace import trace
+from convsplit.layers.separable import PaddedConv2d, SamePad2d, SeparableConv2d
+from convsplit.model.graphs import trace
+from convsplit.model.sites import find_sites
 
 
 @pytest.fixture(autouse=True)

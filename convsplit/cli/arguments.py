@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from convsplit.api import make_plan
+from convsplit.choose.plan import KINDS, Budget, Plan
 from convsplit.cli.inputs import read_inputs
 from convsplit.cli.models import argument, load_model
 from convsplit.cli.parser import did_you_mean
 from convsplit.forms import FORMS
-from convsplit.plan import KINDS, Budget, Plan
-from convsplit.speed import PREFERENCES
+from convsplit.measure.speed import PREFERENCES
 
 
 def model_arguments(parser: ArgumentParser) -> None:

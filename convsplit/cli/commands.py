@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from convsplit.bench import LAYOUTS, Bench
-from convsplit.bench import bench as run_bench
+from convsplit.choose.plan import Plan
 from convsplit.cli.arguments import (
     choice_arguments,
     forms_arguments,
@@ -33,15 +32,16 @@ from convsplit.cli.completion import SHELLS, completion_script
 from convsplit.cli.inspection import inspect_file
 from convsplit.cli.output import print_json, terminal_width, write, write_whole
 from convsplit.cli.parser import command
-from convsplit.frontier import BUDGETS, budget_of
-from convsplit.frontier import frontier as compute_frontier
-from convsplit.layers import SeparableConv2d
-from convsplit.plan import Plan
-from convsplit.refit import refit as refit_layers
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.measure.bench import LAYOUTS, Bench
+from convsplit.measure.bench import bench as run_bench
+from convsplit.measure.speed import PREFERENCES
+from convsplit.repair.refitting import refit as refit_layers
 from convsplit.report import Frontier, compare
+from convsplit.report.frontier import BUDGETS, budget_of
+from convsplit.report.frontier import frontier as compute_frontier
 from convsplit.rewrite import apply_plan
 from convsplit.rewrite import merge as merge_layers
-from convsplit.speed import PREFERENCES
 from convsplit.storage import load, save
 from convsplit.tables import Table, count, share
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from convsplit.plan import Plan
+from convsplit.choose.plan import Plan
 from convsplit.report import Report
 from convsplit.storage import KEY
 from convsplit.tables import Table, count

@@ -6,11 +6,11 @@ distill.py       end to end, from the original as the teacher
 groups.py        parameter groups and checks for training loops of one's own
 """
 
-from convsplit.finetune.distill import Check as Check
-from convsplit.finetune.distill import Distillation as Distillation
-from convsplit.finetune.distill import distill as distill
+from convsplit.finetune.distillation import Check as Check
+from convsplit.finetune.distillation import Distillation as Distillation
+from convsplit.finetune.distillation import distill as distill
 from convsplit.finetune.groups import check_optimizer as check_optimizer
 from convsplit.finetune.groups import kernel_penalty as kernel_penalty
 from convsplit.finetune.groups import parameter_groups as parameter_groups
-from convsplit.finetune.reconstruct import Reconstructed as Reconstructed
-from convsplit.finetune.reconstruct import reconstruct as reconstruct
+from convsplit.finetune.reconstruction import Reconstructed as Reconstructed
+from convsplit.finetune.reconstruction import reconstruct as reconstruct

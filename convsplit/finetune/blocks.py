@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from convsplit.layers import SeparableConv2d
-from convsplit.refit.walk import Steps, replayed, start_lockstep
-from convsplit.trace import Batch, Forward, observe_calls, scratch_copy
+from convsplit.data.walk import Steps, replayed, start_lockstep
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.model.graphs import Batch, Forward, observe_calls, scratch_copy
 
 MOST_LAYERS = 8  # split layers in a span; more of them are no block any longer
 _GOES_ON = ("batchnorm", "activation", "dropout", "normalization", "instancenorm")  # modules of torch.nn

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.layers import SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d
 
 
 def parameter_groups(

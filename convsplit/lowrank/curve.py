@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convsplit.lowrank.cp import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp
+from convsplit.lowrank.canonical import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp
 from convsplit.lowrank.factors import CP, affordable, sweep_flops
 
 CURVE_FLOPS = 3e9  # what one of the short fits may cost

@@ -11,7 +11,7 @@ The rooms inside:
     html.py      the page to look at
 """
 
-from convsplit.report.compare import compare as compare
+from convsplit.report.comparison import compare as compare
 from convsplit.report.curves import Curve as Curve
 from convsplit.report.curves import CurvePoint as CurvePoint
 from convsplit.report.curves import Frontier as Frontier

@@ -203,7 +203,7 @@ class Report:
             path: the file; it needs nothing else and no network.
             frontier: from `convsplit.frontier`; adds the curve of budget against drift, and those of every layer.
         """
-        from convsplit.report.html import page  # jinja2 is an extra
+        from convsplit.report.page import page  # jinja2 is an extra
 
         Path(path).write_text(page(self, frontier), encoding="utf-8")
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from convsplit.choose.options import Option
 from convsplit.forms import form_named
-from convsplit.latency import Conditions
-from convsplit.layers import resolve_rank
-from convsplit.options import Option
+from convsplit.layers.separable import resolve_rank
+from convsplit.measure.stopwatch import Conditions
 from convsplit.spec import ConvSpec
 from convsplit.tables import (
     Table,

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from convsplit.data.walk import Stop
 from convsplit.forms import Factors, form_named
-from convsplit.layers import SeparableConv2d
-from convsplit.refit.samples import Samples, take_samples
-from convsplit.refit.solve import Quadratic, fit_factors, with_last_stage
-from convsplit.refit.walk import Stop
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.repair.samples import Samples, take_samples
+from convsplit.repair.solve import Quadratic, fit_factors, with_last_stage
 
 MOST_UNKNOWNS = 5000  # inputs of a convolution, times kernel positions: what closed form is affordable for
 

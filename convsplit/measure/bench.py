@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from convsplit.api import planned_layers
+from convsplit.choose.options import Menu, find_options
+from convsplit.choose.plan import Budget, Plan
 from convsplit.forms import FORMS
-from convsplit.inference import for_inference
-from convsplit.latency import Conditions, Stopwatch, time_models, with_noise
-from convsplit.layout import channels_last
-from convsplit.options import Menu, find_options
-from convsplit.plan import Budget, Plan
+from convsplit.measure.deployment import for_inference
+from convsplit.measure.speed import choose_by_time
+from convsplit.measure.stopwatch import Conditions, Stopwatch, time_models, with_noise
+from convsplit.model.graphs import Batch, Trace, deep_copy, same_globals, tensors_in, trace
+from convsplit.model.layout import channels_last
+from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import track
 from convsplit.rewrite import apply_plan
-from convsplit.sites import Site, Skip, find_sites
 from convsplit.spec import parameter_count
-from convsplit.speed import choose_by_time
 from convsplit.tables import Table, html_page_part, milliseconds, ratio, records_csv, times_faster
-from convsplit.trace import Batch, Trace, deep_copy, same_globals, tensors_in, trace
 
 BUDGETS = (Budget(macs=0.5), Budget(macs=0.25))
 LAYOUTS = ("contiguous", "channels_last")

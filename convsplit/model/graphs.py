@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from convsplit.kinds import is_convolution
-from convsplit.layers import SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d
 from convsplit.spec import ConvSpec, Pair, pair
 
 Batch = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments

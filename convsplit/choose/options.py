@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from convsplit.data.moments import Marginals, whitened
 from convsplit.forms import FORMS, Form, form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
-from convsplit.moments import Marginals, whitened
+from convsplit.model.sites import Site
 from convsplit.parallel import in_parallel
-from convsplit.sites import Site
 from convsplit.spec import ConvSpec
 
 GRID = 32  # ranks tried per form, in equal ratios: steps of about 12 % between 3 % and all of the dense cost

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convsplit.choose.options import Menu, Option
 from convsplit.kinds import Equivalent, equivalent
-from convsplit.layers import ARRANGEMENTS, SeparableConv2d
-from convsplit.options import Menu, Option
+from convsplit.layers.separable import ARRANGEMENTS, SeparableConv2d
+from convsplit.model.graphs import Batch, Forward, call, quiet_run, tensors_in
 from convsplit.progress import track
 from convsplit.spec import ConvSpec
-from convsplit.trace import Batch, Forward, call, quiet_run, tensors_in
 
 COARSE, COARSER = 5, 3  # ranks of a form that are measured, and of slow layers; the others are interpolated
 ROUNDS = 9  # in which all candidates take their turn

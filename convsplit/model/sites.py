@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convsplit.kinds import equivalent, is_convolution
-from convsplit.layers import SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.model.graphs import Call, Trace
 from convsplit.spec import ConvSpec
-from convsplit.trace import Call, Trace
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,7 +49,7 @@ def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = 
     Raises:
         ValueError: a name or pattern in `skip` matches no convolution.
 
-    >>> from convsplit.trace import trace
+    >>> from convsplit.model.graphs import trace
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
     >>> [(site.name, site.reason) for site in find_sites(model, trace(model))]
     [('0', ''), ('1', '1x1 kernel: already pointwise')]

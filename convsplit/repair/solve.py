@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from convsplit.data.moments import Marginals, Root, whitened
 from convsplit.forms import Factors, Form
-from convsplit.moments import Marginals, Root, whitened
-from convsplit.refit.samples import Moments
+from convsplit.repair.samples import Moments
 
 RIDGE = 1e-3  # of the mean variance of an input
 SWEEP_FLOPS = 1e11  # what the alternation of one layer may cost: the largest layers do without

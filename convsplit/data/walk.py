@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from convsplit.refit.tail import NO_TAIL, Tail, find_tail
-from convsplit.trace import Batch, Forward, SplitTracer, call, scratch_copy, tensors_in
+from convsplit.data.tail import NO_TAIL, Tail, find_tail
+from convsplit.model.graphs import Batch, Forward, SplitTracer, call, scratch_copy, tensors_in
 
 _IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 Value = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]

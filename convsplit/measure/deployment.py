@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from convsplit.latency import fastest_arrangement, time_models
-from convsplit.layers import SeparableConv2d
-from convsplit.trace import (
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.measure.stopwatch import fastest_arrangement, time_models
+from convsplit.model.graphs import (
     Batch,
     Forward,
     deep_copy,

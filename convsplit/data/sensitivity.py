@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.moments import all_reduced
-from convsplit.trace import Batch, Forward, call, scratch_copy, tensors_in
+from convsplit.data.moments import all_reduced
+from convsplit.model.graphs import Batch, Forward, call, scratch_copy, tensors_in
 
 IMAGES = 128  # more of them hardly change the moments
 DRAWS = 2  # directions per batch

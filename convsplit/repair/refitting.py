@@ -1,12 +1,4 @@
-"""Repair without labels: factors fitted to data in closed form, layer by layer, on what the converted model feels.
-
-tail.py      what follows a layer: batch norm, shortcut, ReLU
-walk.py      the two models side by side, stopping at each layer to be repaired
-samples.py   what the repair of a layer looks at, and its moments
-solve.py     least squares for the stages of a layer, from those moments
-fits.py      what is fitted of a layer: its factors, its last stage, its bias, or a dense kernel
-recalibrate.py   batch-norm statistics, the cheap alternative
-"""
+"""refit: the repair of a converted model, layer by layer in the order of execution."""
 
 from __future__ import annotations
 
@@ -17,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convsplit.data.moments import checked_batches
+from convsplit.data.sensitivity import measure_sensitivity
+from convsplit.data.tail import Tail
+from convsplit.data.walk import walk
 from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
-from convsplit.layers import SeparableConv2d
-from convsplit.moments import checked_batches
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.model.graphs import Forward, plain_arithmetic, quiet_run, run_or_explain
 from convsplit.progress import track
-from convsplit.refit.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
-from convsplit.refit.recalibrate import recalibrate as recalibrate
-from convsplit.refit.samples import Moments, Samples
-from convsplit.refit.solve import Metric, best_bias, quadratics
-from convsplit.refit.tail import Tail
-from convsplit.refit.walk import walk
-from convsplit.sensitivity import measure_sensitivity
-from convsplit.trace import Forward, plain_arithmetic, quiet_run, run_or_explain
+from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
+from convsplit.repair.samples import Moments, Samples
+from convsplit.repair.solve import Metric, best_bias, quadratics
 
 MEMORY_LIMIT = 4 << 30  # bytes of features kept between layers before the walk falls back to recomputing them
 STAGES = ("all", "last", "bias")

@@ -17,14 +17,12 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from convsplit.data.moments import all_reduced, is_shared, widened
 from convsplit.finetune.blocks import find_modules
 from convsplit.finetune.groups import parameter_groups
-from convsplit.finetune.reconstruct import schedule
-from convsplit.layers import SeparableConv2d
-from convsplit.layout import channels_last, channels_last_weights
-from convsplit.moments import all_reduced, is_shared, widened
-from convsplit.storage import write_whole
-from convsplit.trace import (
+from convsplit.finetune.reconstruction import schedule
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.model.graphs import (
     Batch,
     Forward,
     batches_in,
@@ -35,6 +33,8 @@ from convsplit.trace import (
     same_globals,
     tensors_in,
 )
+from convsplit.model.layout import channels_last, channels_last_weights
+from convsplit.storage import write_whole
 
 BATCH = 64  # rows of a batch where all inputs came as one tensor
 CHECKS = 20  # of the held-out drift in the course of the training

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convsplit.data.moments import checked_batches
 from convsplit.finetune.blocks import Block, walk_blocks
-from convsplit.moments import checked_batches
+from convsplit.model.graphs import Forward, plain_arithmetic, quiet_run, run_or_explain
 from convsplit.progress import track
-from convsplit.trace import Forward, plain_arithmetic, quiet_run, run_or_explain
 
 BATCH = 64  # images per step
 WARM_UP = 0.1  # of the steps

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from convsplit.allocate import allocate
-from convsplit.latency import Conditions, Stopwatch, Timing, conditions_of, time_models, with_noise
-from convsplit.options import Menu, Option
-from convsplit.plan import Budget, Plan, PlannedLayer
+from convsplit.choose.allocation import allocate
+from convsplit.choose.options import Menu, Option
+from convsplit.choose.plan import Budget, Plan, PlannedLayer
+from convsplit.measure.stopwatch import Conditions, Stopwatch, Timing, conditions_of, time_models, with_noise
+from convsplit.model.graphs import Batch
 from convsplit.rewrite import apply_plan
 from convsplit.tables import milliseconds
-from convsplit.trace import Batch
 
 PREFERENCES = ("accuracy", "speed")
 MARGIN = 0.97  # of the dense layer's time: what an option must stay below to count as faster

@@ -13,13 +13,9 @@ from torch import Tensor, nn
 
 from convsplit.forms import form_named
 from convsplit.kinds import equivalent
-from convsplit.latency import Timing, time_models
-from convsplit.layers import SeparableConv2d
-from convsplit.progress import track
-from convsplit.report.values import Drift, KeptLayer, LayerReport, Report
-from convsplit.sites import find_sites
-from convsplit.spec import ConvSpec, parameter_count
-from convsplit.trace import (
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.measure.stopwatch import Timing, time_models
+from convsplit.model.graphs import (
     Call,
     Forward,
     Trace,
@@ -30,6 +26,10 @@ from convsplit.trace import (
     scratch_copy,
     tensors_in,
 )
+from convsplit.model.sites import find_sites
+from convsplit.progress import track
+from convsplit.report.values import Drift, KeptLayer, LayerReport, Report
+from convsplit.spec import ConvSpec, parameter_count
 
 CANCELLING = 10.0  # of the kernel's norm: components above lose a digit of it to each other
 TIMED_SECONDS = 0.5  # of timing each of the two models, and once more for its layers

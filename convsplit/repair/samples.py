@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from convsplit.moments import all_reduced, sampled_outputs, sampled_patches, thinning
-from convsplit.refit.tail import Tail
-from convsplit.refit.walk import Stop
+from convsplit.data.moments import all_reduced, sampled_outputs, sampled_patches, thinning
+from convsplit.data.tail import Tail
+from convsplit.data.walk import Stop
 
 GRAM_BLOCK = 768  # rows of a moment computed at once
 

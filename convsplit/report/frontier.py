@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from convsplit.allocate import allocate
 from convsplit.api import planned_layers
+from convsplit.choose.allocation import allocate
+from convsplit.choose.options import Menu, find_options
+from convsplit.choose.plan import Budget, Plan
 from convsplit.forms import FORMS
-from convsplit.options import Menu, find_options
-from convsplit.plan import Budget, Plan
+from convsplit.model.graphs import Batch, Forward, Trace, batches_in, trace
+from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import track
 from convsplit.report import Curve, CurvePoint, Frontier, FrontierPoint, compare
 from convsplit.rewrite import apply_plan
-from convsplit.sites import Site, Skip, find_sites
 from convsplit.spec import parameter_count
-from convsplit.trace import Batch, Forward, Trace, batches_in, trace
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
 

@@ -16,8 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from convsplit.model.graphs import Batch, Forward, batches_in, quiet_run, run_or_explain, tensors_in
 from convsplit.spec import Pair
-from convsplit.trace import Batch, Forward, batches_in, quiet_run, run_or_explain, tensors_in
 
 POSITIONS_PER_UNKNOWN = 200
 SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3

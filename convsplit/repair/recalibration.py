@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convsplit.moments import all_reduced, checked_batches
+from convsplit.data.moments import all_reduced, checked_batches
+from convsplit.model.graphs import Forward, plain_arithmetic, quiet_run, run_or_explain
 from convsplit.progress import track
-from convsplit.trace import Forward, plain_arithmetic, quiet_run, run_or_explain
 
 
 @plain_arithmetic()

@@ -1,0 +1,1 @@
+"""Split layers: a convolution written as depthwise and pointwise stages."""
