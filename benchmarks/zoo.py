@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import convsplit
-from convsplit.model.graphs import call, same_globals, trace
+from convsplit.model.graphs import trace
+from convsplit.model.guards import same_globals
+from convsplit.model.running import call
 from convsplit.model.sites import find_sites
 from convsplit.tables import Table
 

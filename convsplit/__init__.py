@@ -2,7 +2,7 @@
 
 from convsplit.api import convert as convert
 from convsplit.api import make_plan as make_plan
-from convsplit.choose.plan import Budget as Budget
+from convsplit.choose.budget import Budget as Budget
 from convsplit.choose.plan import Plan as Plan
 from convsplit.choose.plan import PlannedLayer as PlannedLayer
 from convsplit.finetune import Distillation as Distillation

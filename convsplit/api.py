@@ -9,15 +9,20 @@ from typing import Any, TypeVar
 from torch import nn
 
 from convsplit.choose.allocation import allocate
-from convsplit.choose.options import Menu, Option, find_options
-from convsplit.choose.plan import Budget, Plan, PlannedLayer
-from convsplit.data.moments import Marginals, checked_batches, measure_marginals
+from convsplit.choose.budget import Budget
+from convsplit.choose.options import find_options
+from convsplit.choose.plan import Plan, planned_layers
+from convsplit.data.batches import checked_batches
+from convsplit.data.moments import Marginals, measure_marginals
 from convsplit.forms import FORMS
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.measure.speed import PREFERENCES, choose_by_time, closest_split
 from convsplit.measure.stopwatch import Stopwatch
-from convsplit.model.graphs import Batch, Forward, plain_arithmetic, same_globals, scratch_copy, trace
+from convsplit.model.copies import scratch_copy
+from convsplit.model.graphs import trace
+from convsplit.model.guards import plain_arithmetic, same_globals
+from convsplit.model.running import Batch, Forward
 from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import ConversionWarning
 from convsplit.repair.refitting import refit
@@ -162,28 +167,6 @@ def _marginals(
     found = {site.name: equivalent(modules[site.name]) for site in sites if site.splittable}
     convs = {name: each.conv for name, each in found.items() if isinstance(each, Equivalent)}
     return measure_marginals(scratch_copy(model), convs, batches, forward)
-
-
-def planned_layers(
-    sites: list[Site], menus: list[Menu], chosen: list[Option], called: bool
-) -> tuple[PlannedLayer, ...]:
-    """Every site with the option chosen for it, and the reason where it stays dense."""
-    choices = {menu.site.name: (menu, option) for menu, option in zip(menus, chosen, strict=True)}
-    layers = []
-    for site in sites:
-        if site.name not in choices:
-            layers.append(PlannedLayer(site.name, site.spec, reason=site.reason))
-            continue
-        menu, option = choices[site.name]
-        reason = ""
-        if option.dense:
-            reason = menu.note or (
-                "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
-            )
-        if called and not site.calls:
-            reason = "; ".join(filter(None, (reason, "not reached by the example inputs")))
-        layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason))
-    return tuple(layers)
 
 
 def _nothing_found(model: nn.Module) -> str:

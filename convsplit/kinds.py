@@ -20,7 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from convsplit.layers.separable import PaddedConv2d, SamePad2d
+from convsplit.layers.stages import PaddedConv2d, SamePad2d
 from convsplit.spec import ConvSpec, Pair
 
 

@@ -8,7 +8,9 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from convsplit.api import make_plan
-from convsplit.model.graphs import Batch, attribute, conv2d_arguments, deep_copy, functional_spec
+from convsplit.model.copies import deep_copy
+from convsplit.model.graphs import attribute, conv2d_arguments, functional_spec
+from convsplit.model.running import Batch
 from convsplit.rewrite import apply_plan
 
 

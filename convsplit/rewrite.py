@@ -15,7 +15,8 @@ from torch import nn
 from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.graphs import deep_copy, plain_arithmetic, same_globals
+from convsplit.model.copies import deep_copy
+from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.parallel import in_parallel
 from convsplit.progress import ConversionWarning
 from convsplit.spec import ConvSpec

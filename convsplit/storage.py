@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -27,10 +25,12 @@ from torch.nn.parameter import is_lazy
 
 from convsplit.choose.options import Option
 from convsplit.choose.plan import Plan, PlannedLayer
+from convsplit.files import write_whole
 from convsplit.forms import FORMS
 from convsplit.kinds import equivalent
-from convsplit.layers.separable import ChannelGather, ChannelSum, SeparableConv2d, resolve_rank
-from convsplit.model.graphs import deep_copy
+from convsplit.layers.separable import SeparableConv2d, resolve_rank
+from convsplit.layers.stages import ChannelGather, ChannelSum
+from convsplit.model.copies import deep_copy
 from convsplit.rewrite import apply_plan
 from convsplit.spec import ConvSpec
 
@@ -266,31 +266,6 @@ def _versions() -> dict[str, str]:
     except metadata.PackageNotFoundError:  # run from a source tree
         own = "unknown"
     return {"convsplit": own, "torch": str(torch.__version__)}
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file and rename: readers see the old or the new file, never a part of one."""
-    path = Path(os.path.realpath(path))  # a symbolic link stays one
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch()
-        rights = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(rights)  # safetensors leaves a file that its owner alone may read
-        _flush_to_disk(temporary, os.O_RDWR)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is on disk once the folder is
-        _flush_to_disk(path.parent, os.O_RDONLY)
-
-
-def _flush_to_disk(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # The architecture

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import convsplit
-from convsplit.model.graphs import tensors_in
+from convsplit.model.running import tensors_in
 
 Args = tuple[Any, ...]
 Path = Callable[[nn.Module, Args], None]

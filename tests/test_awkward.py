@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import convsplit
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.graphs import call
+from convsplit.model.running import call
 
 HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 

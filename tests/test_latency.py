@@ -10,8 +10,9 @@ from torch import nn
 import convsplit
 from convsplit import Budget, SeparableConv2d, Stopwatch
 from convsplit.choose.options import Option, find_options
+from convsplit.choose.plan import Conditions
 from convsplit.measure.speed import _faster_only, choose_by_time
-from convsplit.measure.stopwatch import Conditions, Timing, conditions_of, time_models
+from convsplit.measure.timing import Timing, conditions_of, time_models
 from convsplit.model.graphs import trace
 from convsplit.model.sites import find_sites
 

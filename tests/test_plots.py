@@ -9,7 +9,7 @@ from torch import nn
 import convsplit
 
 matplotlib = pytest.importorskip("matplotlib")
-from convsplit import plots  # noqa: E402
+from convsplit.report import plots  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 import convsplit
 from convsplit import kinds, rewrite
 from convsplit.kinds import Equivalent, equivalent, plain_conv, register
-from convsplit.layers.separable import PaddedConv2d, SamePad2d, SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.stages import PaddedConv2d, SamePad2d
 from convsplit.model.graphs import trace
 from convsplit.model.sites import find_sites
 

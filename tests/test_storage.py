@@ -396,7 +396,7 @@ def test_extra_state_that_is_a_tensor_is_kept(path: Path) -> None:
 # Atomic writes
 
 
-@pytest.mark.parametrize("failing", ["save_file", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("failing", ["storage.save_file", "files.os.replace", "files.os.fsync"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_an_interrupted_save_leaves_the_old_file(
     failing: str, error: BaseException, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -405,11 +405,11 @@ def test_an_interrupted_save_leaves_the_old_file(
     before = path.read_bytes()
 
     def fail(*args: object, **kwargs: object) -> None:
-        if failing == "save_file":
+        if failing == "storage.save_file":
             Path(args[1]).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(f"convsplit.storage.{failing}", fail)
+    monkeypatch.setattr(f"convsplit.{failing}", fail)
     with pytest.raises(type(error)):
         save(converted_net(forms="dw-pw", rank=1), path)
     assert path.read_bytes() == before
@@ -421,8 +421,8 @@ def test_a_killed_save_leaves_the_old_file(path: Path) -> None:
     before = path.read_bytes()
     code = f"""
 import os, signal
-from convsplit import SeparableConv2d, save, storage
-storage.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+from convsplit import SeparableConv2d, files, save
+files.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 save(SeparableConv2d(3, 8, 3), {str(path)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)

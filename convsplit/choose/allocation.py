@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from convsplit.choose.budget import Budget
 from convsplit.choose.knapsack import best_choice
 from convsplit.choose.options import Menu, Option
-from convsplit.choose.plan import Budget
 
 POWER = 4
 

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convsplit.choose.options import Option
+from convsplit.choose.budget import Budget
+from convsplit.choose.options import Menu, Option
 from convsplit.forms import form_named
 from convsplit.layers.separable import resolve_rank
-from convsplit.measure.stopwatch import Conditions
+from convsplit.model.sites import Site
 from convsplit.spec import ConvSpec
 from convsplit.tables import (
     Table,
@@ -31,57 +32,22 @@ from convsplit.tables import (
 )
 
 FORMAT = 1  # raised when the JSON of plans changes so that older versions cannot read it
-KINDS = ("params", "macs", "latency", "error")  # of budgets
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much may be kept. Give exactly one of the fractions.
+class Conditions:
+    """What milliseconds were measured under; on another device, layout or number of threads they are others."""
 
-    Args:
-        params: parameters, as a fraction in (0, 1] of what the splittable convolutions have today.
-        macs: multiply-accumulates, likewise; needs example inputs.
-        latency: measured milliseconds, likewise; needs example inputs.
-        error: instead, the largest relative weight error any layer may have; the cheapest such plan is made.
-        of: "splittable" measures the fraction against the convolutions that can be split, "model" against all of
-            the model's parameters (or all its MACs or milliseconds).
+    device: str
+    dtype: str
+    layout: str
+    threads: int
+    training: bool = False
 
-    Raises:
-        ValueError: none or several fractions, or one outside (0, 1].
-
-    >>> Budget(params=0.5)
-    Budget(params=0.5)
-    """
-
-    params: float | None = None
-    macs: float | None = None
-    error: float | None = None
-    latency: float | None = None
-    of: str = "splittable"
-
-    def __post_init__(self) -> None:
-        given = {key: getattr(self, key) for key in KINDS if getattr(self, key) is not None}
-        if len(given) != 1:
-            got = ", ".join(f"{key}={value}" for key, value in given.items()) or "none"
-            raise ValueError(f"a budget is one of params=, macs=, latency= or error=; got {got}")
-        ((key, value),) = given.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise ValueError(f"Budget({key}={value!r}): want a fraction in (0, 1]; for a half, say {key}=0.5")
-        if self.of not in ("splittable", "model"):
-            raise ValueError(f'Budget(of={self.of!r}): want "splittable" or "model"')
-
-    @property
-    def kind(self) -> str:
-        """Which of the fractions is given: "params", "macs", "latency" or "error"."""
-        return next(key for key in KINDS if getattr(self, key) is not None)
-
-    @property
-    def fraction(self) -> float:
-        return float(getattr(self, self.kind))
-
-    def __repr__(self) -> str:
-        of = "" if self.of == "splittable" else f", of={self.of!r}"
-        return f"Budget({self.kind}={self.fraction:g}{of})"
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        what = "forward and backward" if self.training else "inference"
+        return f"{what} on {self.device}, {self.dtype}, {self.layout}, {threads}"
 
 
 @dataclass(frozen=True)
@@ -321,6 +287,28 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a file that `save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def planned_layers(
+    sites: list[Site], menus: list[Menu], chosen: list[Option], called: bool
+) -> tuple[PlannedLayer, ...]:
+    """Every site with the option chosen for it, and the reason where it stays dense."""
+    choices = {menu.site.name: (menu, option) for menu, option in zip(menus, chosen, strict=True)}
+    layers = []
+    for site in sites:
+        if site.name not in choices:
+            layers.append(PlannedLayer(site.name, site.spec, reason=site.reason))
+            continue
+        menu, option = choices[site.name]
+        reason = ""
+        if option.dense:
+            reason = menu.note or (
+                "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
+            )
+        if called and not site.calls:
+            reason = "; ".join(filter(None, (reason, "not reached by the example inputs")))
+        layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason))
+    return tuple(layers)
 
 
 def _row(layer: PlannedLayer, timed: bool) -> list[str]:

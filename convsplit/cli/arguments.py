@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from convsplit.api import make_plan
-from convsplit.choose.plan import KINDS, Budget, Plan
+from convsplit.choose.budget import KINDS, Budget
+from convsplit.choose.plan import Plan
 from convsplit.cli.inputs import read_inputs
 from convsplit.cli.models import argument, load_model
 from convsplit.cli.parser import did_you_mean

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convsplit import storage
+from convsplit.files import write_whole as replace_whole
 
 
 def terminal_width() -> int | None:
@@ -22,11 +22,6 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def say(message: str) -> None:
-    """Tell the user something that is not the result."""
-    print(message, file=sys.stderr)
-
-
 def write(path: Path, text: str) -> None:
     """Replace a file by a text in one step."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -36,4 +31,4 @@ def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     """Let `save` write a new file beside `path` and put it in its place; interrupted, it leaves `path` as it was."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    storage.write_whole(path, save)
+    replace_whole(path, save)

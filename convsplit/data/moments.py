@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
-from convsplit.model.graphs import Batch, Forward, batches_in, quiet_run, run_or_explain, tensors_in
+from convsplit.data.processes import all_reduced, is_shared
+from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
+from convsplit.precision import widened
 from convsplit.spec import Pair
 
 POSITIONS_PER_UNKNOWN = 200
@@ -54,11 +55,6 @@ def _corner(output_hw: Sequence[int], step: Pair, index: int) -> Pair:
     if is_shared():
         index = index * distributed.get_world_size() + distributed.get_rank()
     return min(index // step[1] % step[0], height - 1), min(index % step[1], width - 1)
-
-
-def widened(values: Tensor) -> Tensor:
-    """The same in float32 at least: sums of squares are not to be rounded as features are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -144,26 +140,6 @@ def measure_marginals(
             for name, parts in reached.items()}  # fmt: skip
 
 
-def checked_batches(batches: Any) -> list[Batch]:
-    """All batches, read once, none of them NaN or infinite.
-
-    Raises:
-        ValueError: no batches, or one with NaN or infinite values (says which).
-    """
-    data = list(batches_in(batches))
-    if not data:
-        raise ValueError("no batches: give some unlabelled inputs to calibrate on")
-    for index, batch in enumerate(data):
-        if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors_in(batch)):
-            raise ValueError(f"batch {index} holds NaN or infinite values: leave it out")
-    return data if torch.is_inference_mode_enabled() else [tree_map(_outside_inference, batch) for batch in data]
-
-
-def _outside_inference(value: Any) -> Any:
-    """Tensors made in inference mode cannot be part of a graph outside of it, their copies can."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
 def thinning(
     output_hw: Sequence[int], images: int, channels: int, positions: int = 1, limit: int = SAMPLE_BYTES
 ) -> Pair:
@@ -178,17 +154,3 @@ def thinning(
     across = min(max(1, round(math.sqrt(apart))), width)
     down = min(max(1, round(apart / across)), height)
     return down, min(max(1, round(apart / down)), width)  # what a low map cannot give, a wide one can
-
-
-def all_reduced(part: Tensor, operation: str = "SUM") -> Tensor:
-    """The sum (or "MAX") over all processes, where several share the work."""
-    if not is_shared():
-        return part
-    reached = part.to("cuda") if distributed.get_backend() == "nccl" else part.contiguous()  # which takes no others
-    distributed.all_reduce(reached, getattr(distributed.ReduceOp, operation))
-    return reached.to(part.device)
-
-
-def is_shared() -> bool:
-    """Whether several processes work together, each on its own share of inputs."""
-    return distributed.is_available() and distributed.is_initialized()

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.data.moments import all_reduced
-from convsplit.model.graphs import Batch, Forward, call, scratch_copy, tensors_in
+from convsplit.data.processes import all_reduced
+from convsplit.model.copies import scratch_copy
+from convsplit.model.running import Batch, Forward, call, tensors_in
 
 IMAGES = 128  # more of them hardly change the moments
 DRAWS = 2  # directions per batch

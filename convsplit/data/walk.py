@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from convsplit.data.tail import NO_TAIL, Tail, find_tail
-from convsplit.model.graphs import Batch, Forward, SplitTracer, call, scratch_copy, tensors_in
+from convsplit.model.copies import scratch_copy
+from convsplit.model.graphs import SplitTracer
+from convsplit.model.running import Batch, Forward, call, tensors_in
 
 _IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 Value = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]

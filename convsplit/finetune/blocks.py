@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from convsplit.data.walk import Steps, replayed, start_lockstep
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.graphs import Batch, Forward, observe_calls, scratch_copy
+from convsplit.model.copies import scratch_copy
+from convsplit.model.running import Batch, Forward, observe_calls
 
 MOST_LAYERS = 8  # split layers in a span; more of them are no block any longer
 _GOES_ON = ("batchnorm", "activation", "dropout", "normalization", "instancenorm")  # modules of torch.nn

@@ -17,24 +17,16 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convsplit.data.moments import all_reduced, is_shared, widened
+from convsplit.data.processes import all_reduced, is_shared
+from convsplit.files import write_whole
 from convsplit.finetune.blocks import find_modules
 from convsplit.finetune.groups import parameter_groups
 from convsplit.finetune.reconstruction import schedule
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.graphs import (
-    Batch,
-    Forward,
-    batches_in,
-    call,
-    plain_arithmetic,
-    quiet_run,
-    run_or_explain,
-    same_globals,
-    tensors_in,
-)
+from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.model.layout import channels_last, channels_last_weights
-from convsplit.storage import write_whole
+from convsplit.model.running import Batch, Forward, batches_in, call, quiet_run, run_or_explain, tensors_in
+from convsplit.precision import widened
 
 BATCH = 64  # rows of a batch where all inputs came as one tensor
 CHECKS = 20  # of the held-out drift in the course of the training

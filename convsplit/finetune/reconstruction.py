@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.data.moments import checked_batches
+from convsplit.data.batches import checked_batches
 from convsplit.finetune.blocks import Block, walk_blocks
-from convsplit.model.graphs import Forward, plain_arithmetic, quiet_run, run_or_explain
+from convsplit.model.guards import plain_arithmetic
+from convsplit.model.running import Forward, quiet_run, run_or_explain
 from convsplit.progress import track
 
 BATCH = 64  # images per step

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from convsplit.api import planned_layers
+from convsplit.choose.budget import Budget
 from convsplit.choose.options import Menu, find_options
-from convsplit.choose.plan import Budget, Plan
+from convsplit.choose.plan import Conditions, Plan, planned_layers
 from convsplit.forms import FORMS
 from convsplit.measure.deployment import for_inference
 from convsplit.measure.speed import choose_by_time
-from convsplit.measure.stopwatch import Conditions, Stopwatch, time_models, with_noise
-from convsplit.model.graphs import Batch, Trace, deep_copy, same_globals, tensors_in, trace
+from convsplit.measure.stopwatch import Stopwatch, with_noise
+from convsplit.measure.timing import time_models
+from convsplit.model.copies import deep_copy
+from convsplit.model.graphs import Trace, trace
+from convsplit.model.guards import same_globals
 from convsplit.model.layout import channels_last
+from convsplit.model.running import Batch, tensors_in
 from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import track
 from convsplit.rewrite import apply_plan

@@ -11,17 +11,12 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.measure.stopwatch import fastest_arrangement, time_models
-from convsplit.model.graphs import (
-    Batch,
-    Forward,
-    deep_copy,
-    observe_calls,
-    plain_arithmetic,
-    same_globals,
-    scratch_copy,
-    trace,
-)
+from convsplit.measure.stopwatch import fastest_arrangement
+from convsplit.measure.timing import time_models
+from convsplit.model.copies import deep_copy, scratch_copy
+from convsplit.model.graphs import trace
+from convsplit.model.guards import plain_arithmetic, same_globals
+from convsplit.model.running import Batch, Forward, observe_calls
 
 M = TypeVar("M", bound=nn.Module)
 

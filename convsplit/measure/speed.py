@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from convsplit.choose.allocation import allocate
+from convsplit.choose.budget import Budget
 from convsplit.choose.options import Menu, Option
-from convsplit.choose.plan import Budget, Plan, PlannedLayer
-from convsplit.measure.stopwatch import Conditions, Stopwatch, Timing, conditions_of, time_models, with_noise
-from convsplit.model.graphs import Batch
+from convsplit.choose.plan import Conditions, Plan, PlannedLayer
+from convsplit.measure.stopwatch import Stopwatch, with_noise
+from convsplit.measure.timing import Timing, conditions_of, time_models
+from convsplit.model.running import Batch
 from convsplit.rewrite import apply_plan
 from convsplit.tables import milliseconds
 

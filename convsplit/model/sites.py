@@ -12,7 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from convsplit.kinds import equivalent, is_convolution
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.graphs import Call, Trace
+from convsplit.model.graphs import Trace
+from convsplit.model.running import Call
 from convsplit.spec import ConvSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convsplit.data.moments import all_reduced, checked_batches
-from convsplit.model.graphs import Forward, plain_arithmetic, quiet_run, run_or_explain
+from convsplit.data.batches import checked_batches
+from convsplit.data.processes import all_reduced
+from convsplit.model.guards import plain_arithmetic
+from convsplit.model.running import Forward, quiet_run, run_or_explain
 from convsplit.progress import track
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.data.moments import checked_batches
+from convsplit.data.batches import checked_batches
 from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import Tail
 from convsplit.data.walk import walk
 from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.graphs import Forward, plain_arithmetic, quiet_run, run_or_explain
+from convsplit.model.guards import plain_arithmetic
+from convsplit.model.running import Forward, quiet_run, run_or_explain
 from convsplit.progress import track
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.repair.samples import Moments, Samples

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from convsplit.data.moments import all_reduced, sampled_outputs, sampled_patches, thinning
+from convsplit.data.moments import sampled_outputs, sampled_patches, thinning
+from convsplit.data.processes import all_reduced
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
 

@@ -2,13 +2,16 @@
 
 The rooms inside:
 
-    values.py    Report and what it is made of; text, JSON, CSV, Markdown
-    compare.py   measures a report on two models
-    verdict.py   what the figures mean, in words
-    diff.py      two reports side by side
-    curves.py    Frontier: the whole curve of budget against drift
-    svg.py       plots without a plotting library
-    html.py      the page to look at
+    values.py      the figures of a conversion; text, JSON, CSV, Markdown
+    verdict.py     what they mean, in words
+    diff.py        two reports side by side
+    curves.py      Frontier: the whole curve of budget against drift
+    svg.py         plots without a plotting library
+    page.py        the page to look at
+    reports.py     Report: the figures, and every way to look at them
+    comparison.py  measures a report on two models
+    frontier.py    measures a frontier
+    plots.py       pictures as matplotlib figures
 """
 
 from convsplit.report.comparison import compare as compare
@@ -17,8 +20,8 @@ from convsplit.report.curves import CurvePoint as CurvePoint
 from convsplit.report.curves import Frontier as Frontier
 from convsplit.report.curves import FrontierPoint as FrontierPoint
 from convsplit.report.diff import ReportDiff as ReportDiff
+from convsplit.report.reports import Report as Report
 from convsplit.report.values import Drift as Drift
 from convsplit.report.values import KeptLayer as KeptLayer
 from convsplit.report.values import LayerReport as LayerReport
-from convsplit.report.values import Report as Report
 from convsplit.report.verdict import Verdict as Verdict

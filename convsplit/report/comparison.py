@@ -14,21 +14,14 @@ from torch import Tensor, nn
 from convsplit.forms import form_named
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.measure.stopwatch import Timing, time_models
-from convsplit.model.graphs import (
-    Call,
-    Forward,
-    Trace,
-    batches_in,
-    observe_calls,
-    quiet_run,
-    run_or_explain,
-    scratch_copy,
-    tensors_in,
-)
+from convsplit.measure.timing import Timing, time_models
+from convsplit.model.copies import scratch_copy
+from convsplit.model.graphs import Trace
+from convsplit.model.running import Call, Forward, batches_in, observe_calls, quiet_run, run_or_explain, tensors_in
 from convsplit.model.sites import find_sites
 from convsplit.progress import track
-from convsplit.report.values import Drift, KeptLayer, LayerReport, Report
+from convsplit.report.reports import Report
+from convsplit.report.values import Drift, KeptLayer, LayerReport
 from convsplit.spec import ConvSpec, parameter_count
 
 CANCELLING = 10.0  # of the kernel's norm: components above lose a digit of it to each other

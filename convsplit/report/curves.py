@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from convsplit.choose.plan import Budget, Plan
+from convsplit.choose.budget import Budget
+from convsplit.choose.plan import Plan
 from convsplit.tables import Table, count, html_page_part, percent, records_csv, records_pandas, share
 
 

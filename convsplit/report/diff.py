@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from convsplit.report.values import LayerReport, Measured
 from convsplit.tables import Table, count, html_page_part, milliseconds, percent, share
-
-if TYPE_CHECKING:
-    from convsplit.report.values import LayerReport, Report
 
 
 @dataclass(frozen=True)
 class ReportDiff:
     """Two reports; print it, or use `to_markdown` and `to_json`. Made by `Report.diff`."""
 
-    first: Report
-    second: Report
+    first: Measured
+    second: Measured
 
     def totals_table(self) -> Table:
         """Both reports' totals and what changed between them."""
@@ -64,7 +62,7 @@ _TOTALS: list[tuple[str, str, Any]] = [
 ]
 
 
-def _totals(report: Report) -> dict[str, Any]:
+def _totals(report: Measured) -> dict[str, Any]:
     return {
         "params": report.params[1],
         "macs": report.macs[1],

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from convsplit.api import planned_layers
 from convsplit.choose.allocation import allocate
+from convsplit.choose.budget import Budget
 from convsplit.choose.options import Menu, find_options
-from convsplit.choose.plan import Budget, Plan
+from convsplit.choose.plan import Plan, planned_layers
 from convsplit.forms import FORMS
-from convsplit.model.graphs import Batch, Forward, Trace, batches_in, trace
+from convsplit.model.graphs import Trace, trace
+from convsplit.model.running import Batch, Forward, batches_in
 from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import track
 from convsplit.report import Curve, CurvePoint, Frontier, FrontierPoint, compare

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convsplit.report.curves import Curve, Frontier
 from convsplit.report.svg import Plot, axis, legend_key, percents
+from convsplit.report.values import LayerReport, Measured
 from convsplit.tables import count, milliseconds, percent, ratio, share, times_faster
-
-if TYPE_CHECKING:
-    from convsplit.report.values import LayerReport, Report
 
 SHAPES = {"dw-pw": (0, "circle"), "pw-dw": (1, "square"), "pw-dw-pw": (2, "triangle")}  # series and mark of each form
 MOST_CURVES = 24  # small plots on a page; the largest layers come first
@@ -28,7 +26,7 @@ class Figure:
     legend: tuple[tuple[str, str], ...] = ()
 
 
-def page(report: Report, frontier: Frontier | None = None) -> str:
+def page(report: Measured, frontier: Frontier | None = None) -> str:
     """The HTML of a report.
 
     Raises:
@@ -56,7 +54,7 @@ def page(report: Report, frontier: Frontier | None = None) -> str:
     )
 
 
-def _tiles(report: Report) -> list[dict[str, Any]]:
+def _tiles(report: Measured) -> list[dict[str, Any]]:
     """The totals: name, before, after, kept as text and as a fraction for the bar."""
     split = report.conv_params
     pairs: list[tuple[str, tuple[float, float] | None, Any, str]] = [
@@ -75,11 +73,11 @@ def _tiles(report: Report) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _timed(report: Report) -> bool:
+def _timed(report: Measured) -> bool:
     return any(layer.milliseconds for layer in report.layers)
 
 
-def _headings(report: Report) -> list[str]:
+def _headings(report: Measured) -> list[str]:
     """Of the columns behind layer and form."""
     times = ["Milliseconds", "Faster"] if _timed(report) else []
     return ["R", "Parameters", "Kept", "MACs", *times, "Weight error", "Local drift", "Accumulated"]
@@ -109,12 +107,12 @@ def _row(layer: LayerReport, *, timed: bool) -> dict[str, Any]:
     return {"name": layer.name, "form": layer.form, "key": legend_key(kind, shape=shape), "cells": cells}
 
 
-def _figures(report: Report, frontier: Frontier | None) -> list[Figure]:
+def _figures(report: Measured, frontier: Frontier | None) -> list[Figure]:
     figures = [_savings(report), _depth(report)] if any(layer.local for layer in report.layers) else []
     return [*figures, *([_budget(frontier, report)] if frontier and frontier.points else [])]
 
 
-def _savings(report: Report) -> Figure:
+def _savings(report: Measured) -> Figure:
     """Savings against drift per layer."""
     seen = [(layer, layer.local.relative) for layer in report.layers if layer.local]
     saved = [max(1, layer.params[0] - layer.params[1]) for layer, _ in seen]
@@ -135,7 +133,7 @@ def _savings(report: Report) -> Figure:
     return Figure("What each layer saves and what it costs", words, plot.svg(), legend)
 
 
-def _depth(report: Report) -> Figure:
+def _depth(report: Measured) -> Figure:
     """The net's depth against local and accumulated drift."""
     layers = [layer for layer in report.layers if layer.local and layer.accumulated]
     local = [(i, layer.local.relative) for i, layer in enumerate(layers, 1) if layer.local]
@@ -158,7 +156,7 @@ def _depth(report: Report) -> Figure:
     return Figure("How drift travels through the network", words, plot.svg(), legend)
 
 
-def _budget(frontier: Frontier, report: Report) -> Figure:
+def _budget(frontier: Frontier, report: Measured) -> Figure:
     """The budget frontier of the whole net, and where this report lies."""
     here = _place(frontier, report)
     ys = [y for point in frontier.points for y in (point.largest_error, point.drift or 0)]
@@ -187,7 +185,7 @@ def _budget(frontier: Frontier, report: Report) -> Figure:
     return Figure("Every budget at a glance", words, plot.svg(), tuple(legend))
 
 
-def _place(frontier: Frontier, report: Report) -> tuple[float, float] | None:
+def _place(frontier: Frontier, report: Measured) -> tuple[float, float] | None:
     """Where a report lies among the budgets: the fraction of the splittable parameters it keeps, and its drift."""
     splittable = sum(curve.params for curve in frontier.curves)
     if report.drift is None or not splittable:
@@ -196,7 +194,7 @@ def _place(frontier: Frontier, report: Report) -> tuple[float, float] | None:
     return (1 - (before - after) / splittable, report.drift.relative)
 
 
-def _curves(report: Report, frontier: Frontier | None) -> list[tuple[str, str]]:
+def _curves(report: Measured, frontier: Frontier | None) -> list[tuple[str, str]]:
     """A small plot of error against parameters for every layer, with the chosen point ringed."""
     if frontier is None:
         return []

@@ -1,4 +1,4 @@
-"""Report: before and after of a conversion, as a value that prints, compares, and goes to JSON and back.
+"""The figures of a conversion, before and after, as values that print, compare, and go to JSON and back.
 
 Drift is measured on real inputs, over all batches together, in four ways (Y original, Y' converted):
 
@@ -16,11 +16,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convsplit.report.curves import Frontier
-from convsplit.report.diff import ReportDiff
 from convsplit.report.verdict import Evidence, Verdict, judge
 from convsplit.tables import (
     Table,
@@ -34,6 +31,9 @@ from convsplit.tables import (
     share,
     times_faster,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = 1  # raised when the JSON of reports changes so that older versions cannot read it
 
@@ -83,8 +83,8 @@ class KeptLayer:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a conversion saved and how far the output moved; print it, or use one of the `to_` methods.
+class Measured:
+    """What a conversion saved and how far the output moved, measured.
 
     `params`, `macs`, `conv_params` and `conv_macs` are before and after: of the whole model, and of the layers that
     were split; likewise `stored_bytes` of all tensors, and `milliseconds` of the first batch where they
@@ -175,10 +175,6 @@ class Report:
     def _repr_html_(self) -> str:
         return html_page_part(self.model, self.summary(), self.totals_table(), self.table())
 
-    def diff(self, other: Report) -> ReportDiff:
-        """Put another report beside this one, such as that after fine-tuning; prints as a table."""
-        return ReportDiff(self, other)
-
     def to_markdown(self) -> str:
         """GitHub-flavoured Markdown, for pull requests."""
         parts = [f"### {self.model}", self.totals_table().markdown(), self.summary(), self.table().markdown()]
@@ -196,23 +192,12 @@ class Report:
         """A `pandas.DataFrame` with one row per split layer."""
         return records_pandas(self.records())
 
-    def to_html(self, path: str | Path, *, frontier: Frontier | None = None) -> None:
-        """Write one self-contained page to look at; needs the extra `report` (jinja2).
-
-        Args:
-            path: the file; it needs nothing else and no network.
-            frontier: from `convsplit.frontier`; adds the curve of budget against drift, and those of every layer.
-        """
-        from convsplit.report.page import page  # jinja2 is an extra
-
-        Path(path).write_text(page(self, frontier), encoding="utf-8")
-
     def to_json(self) -> str:
         """JSON text; `from_json` reads it back to an equal report. NaN and infinity are written as null."""
         return json.dumps(_without_nan({"format": FORMAT, **asdict(self)}), indent=1, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
+    def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote.
 
         Raises:
