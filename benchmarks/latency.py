@@ -48,7 +48,7 @@ def layers(model: nn.Module, image: Tensor, batch: int) -> Table:
     found = {}
     for layer in plan.split:
         (slow, fast), (before, after) = layer.milliseconds, layer.macs
-        key = (layer.spec.weight_shape, layer.spec.stride, before, layer.option.form)
+        key = (layer.spec.weight_shape, layer.spec.stride, before, layer.option.structure)
         found.setdefault(key, []).append((slow, fast, after))
     rows = []
     for (shape, stride, before, form), each in found.items():
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"## {name}\n", flush=True)
         for batch in batches:  # one by one, so that an interrupted run leaves what it has measured
             found = convsplit.bench(
-                model, image, budgets=BUDGETS, batches=[batch], threads=[arguments.threads],
+                model, image, budgets=BUDGETS, batch_sizes=[batch], threads=[arguments.threads],
                 layouts=arguments.layouts, compiled=arguments.compile, deployed=arguments.deployed,
             )  # fmt: skip
             print(f"{found.table().markdown()}\n\n{found.summary()}\n", flush=True)

@@ -68,7 +68,7 @@ def _examine(name: str, largest: float) -> Result:
     before = {key: (id(t), t._version, t.sum().item()) for key, t in model.state_dict(keep_vars=True).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", convsplit.ConversionWarning)  # some models have no Conv2d at all
-        plan = convsplit.make_plan(model, rank="full")
+        plan = convsplit.make_plan(model, exact=True)
         converted = convsplit.apply_plan(model, plan)
     assert {key: (id(t), t._version, t.sum().item()) for key, t in model.state_dict(keep_vars=True).items()} == before
     left = Counter(_kind(layer.reason) for layer in plan.layers if not layer.split)

@@ -1,7 +1,10 @@
 """convsplit: the convolutions of a trained model, split into depthwise and pointwise ones."""
 
+from convsplit.api import bench as bench
 from convsplit.api import convert as convert
+from convsplit.api import frontier as frontier
 from convsplit.api import make_plan as make_plan
+from convsplit.api import study as study
 from convsplit.choose.budget import Budget as Budget
 from convsplit.choose.plan import Plan as Plan
 from convsplit.choose.plan import PlannedLayer as PlannedLayer
@@ -16,7 +19,6 @@ from convsplit.kinds import Equivalent as Equivalent
 from convsplit.kinds import register as register
 from convsplit.layers.separable import SeparableConv2d as SeparableConv2d
 from convsplit.measure.bench import Bench as Bench
-from convsplit.measure.bench import bench as bench
 from convsplit.measure.deployment import for_inference as for_inference
 from convsplit.measure.stopwatch import Stopwatch as Stopwatch
 from convsplit.progress import ConversionWarning as ConversionWarning
@@ -26,11 +28,11 @@ from convsplit.repair.refitting import refit as refit
 from convsplit.report import Frontier as Frontier
 from convsplit.report import Report as Report
 from convsplit.report import compare as compare
-from convsplit.report.frontier import frontier as frontier
 from convsplit.rewrite import apply_plan as apply_plan
 from convsplit.rewrite import merge as merge
 from convsplit.storage import load as load
 from convsplit.storage import save as save
 from convsplit.storage import save_folder as save_folder
+from convsplit.studies import Study as Study
 
 __version__ = "0.1.0"

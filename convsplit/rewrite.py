@@ -121,10 +121,8 @@ def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
 def _empty(original: Equivalent, layer: PlannedLayer) -> SeparableConv2d:
     option = layer.option
     assert option is not None
-    empty = SeparableConv2d.empty_like(
-        original.conv, form=option.form, components=option.components, even=option.even,
-        pad=copy.deepcopy(original.pad),
-    )  # fmt: skip
+    assert option.structure is not None
+    empty = SeparableConv2d.empty_like(original.conv, **vars(option.structure), pad=copy.deepcopy(original.pad))
     empty.arrangement = option.arrangement
     return empty
 

@@ -33,6 +33,7 @@ from convsplit.layers.stages import ChannelGather, ChannelSum
 from convsplit.model.copies import deep_copy
 from convsplit.rewrite import apply_plan
 from convsplit.spec import ConvSpec
+from convsplit.structure import Structure
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -466,9 +467,8 @@ def _rebuild(model: M, layers: Iterable[StoredLayer]) -> M:
 def _planned(layer: StoredLayer, name: str, conv: nn.Module) -> PlannedLayer:
     spec = _spec(conv)
     assert spec is not None
-    params = FORMS[layer.form].params(spec, layer.components)
-    option = Option(layer.form, layer.components, layer.even, params, macs=None, error=None)
-    return PlannedLayer(name, spec, option=option)
+    structure = Structure(layer.form, layer.components, layer.even)
+    return PlannedLayer(name, spec, option=Option(structure, structure.params(spec), macs=None, error=None))
 
 
 def _give_bias(layer: SeparableConv2d, bias: bool) -> None:

@@ -122,6 +122,65 @@ class Table:
         return "\n\n".join(paragraphs)
 
 
+class Tabular:
+    """A result that people look at and programs read; whoever inherits says what is in it, in these four methods."""
+
+    @property
+    def title(self) -> str:
+        """A heading, or nothing."""
+        return ""
+
+    def table(self) -> Table:
+        """One row per record."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """What the figures come to, in words."""
+        raise NotImplementedError
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dict of plain values per row."""
+        raise NotImplementedError
+
+    def tables(self) -> list[Table]:
+        """All tables, the one of the records first."""
+        return [self.table()]
+
+    def text(self, width: int | None = None) -> str:
+        """Everything as plain text, for a terminal of some width."""
+        title = f"{self.title}\n" if self.title else ""
+        return title + "\n\n".join(filter(None, [*(each.text(width) for each in self.tables()), self.summary()]))
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return html_page_part(self.title or type(self).__name__, self.summary(), *self.tables())
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown, for pull requests."""
+        title = f"### {self.title}" if self.title else ""
+        return "\n\n".join(filter(None, [title, self.summary(), *(each.markdown() for each in self.tables())])) + "\n"
+
+    def to_csv(self) -> str:
+        """One line per record, plain numbers; unknown ones are empty."""
+        rows = self.records()
+        cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+        return Table(list(rows[0]) if rows else [], cells).csv()
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with one row per record.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        return pandas.DataFrame.from_records(self.records())
+
+
 def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
     named = zip(cells, sides, strict=True)
     cells = [f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in named]

@@ -148,7 +148,7 @@ def the_model_is_a_conv_with_an_unbatched_input() -> Any:
 @awkward("1")
 def converted_before() -> Any:
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3))
-    return settled(convsplit.convert(model, rank="full", skip="1")), images(2, 4, 8, 8)
+    return settled(convsplit.convert(model, exact=True, skip="1")), images(2, 4, 8, 8)
 
 
 @awkward(left={"1": "1x1"})

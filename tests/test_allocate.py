@@ -9,10 +9,11 @@ from convsplit import Budget
 from convsplit.choose.allocation import POWER, allocate
 from convsplit.choose.options import Menu, Option
 from convsplit.model.sites import Site
+from convsplit.structure import Structure
 
 
 def option(params: int, error: float, macs: int | None = None) -> Option:
-    return Option("dw-pw" if error else "", 1, False, params, params if macs is None else macs, error)
+    return Option(Structure("dw-pw", 1, False) if error else None, params, params if macs is None else macs, error)
 
 
 def random_menus(layers: int, options: int, seed: int) -> list[Menu]:
@@ -95,7 +96,7 @@ def test_an_error_budget_takes_the_cheapest_within_it():
 
 
 def test_macs_need_shapes():
-    menu = Menu(Site("a", None), (Option("", 0, True, 10, None, 0.0),))
+    menu = Menu(Site("a", None), (Option(None, 10, None, 0.0),))
     with pytest.raises(ValueError, match="pass example_inputs"):
         allocate([menu], Budget(macs=0.5))
 

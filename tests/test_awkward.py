@@ -66,7 +66,7 @@ def globals_now() -> list[Any]:
 def convert(case: Awkward, model: nn.Module, inputs: Any = None) -> nn.Module:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", convsplit.ConversionWarning)
-        converted = convsplit.convert(model, inputs, rank="full", bake=case.bake)
+        converted = convsplit.convert(model, inputs, exact=True, bake=case.bake)
     messages = [str(w.message) for w in caught if issubclass(w.category, convsplit.ConversionWarning)]
     assert bool(messages) == bool(case.warns)
     assert all(case.warns in message for message in messages)
@@ -87,7 +87,7 @@ def assert_equal_outputs(model: nn.Module, other: nn.Module, inputs: Any, tolera
 def test_plan_says_what_becomes_of_each(case: Awkward) -> None:
     model, inputs = case.build()
     for examples in (None, inputs):
-        plan = convsplit.make_plan(model, examples, rank="full", bake=case.bake)
+        plan = convsplit.make_plan(model, examples, exact=True, bake=case.bake)
         assert {layer.name for layer in plan.split} == set(case.split)
         left = {layer.name: layer.reason for layer in plan.layers if not layer.split}
         assert left.keys() == case.left.keys()
@@ -130,7 +130,7 @@ def test_state_goes_along(case: Awkward) -> None:
         assert_equal_outputs(converted, pickle.loads(pickle.dumps(converted)), inputs, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = convsplit.make_plan(model, rank="full", bake=case.bake)
+        plan = convsplit.make_plan(model, exact=True, bake=case.bake)
         empty = convsplit.apply_plan(case.build()[0], plan, initialise=False)
     empty.load_state_dict(converted.state_dict())
     assert_equal_outputs(converted, empty, inputs, 0)

@@ -199,7 +199,7 @@ def test_interrupted_leaves_the_old_file(folder: Path, monkeypatch: pytest.Monke
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convsplit.cli.arguments.make_plan", interrupt)
+    monkeypatch.setattr("convsplit.cli.arguments.study", interrupt)
     assert main(["plan", *NET, "--out", "plan.json"]) == 130
     assert Path("plan.json").read_text() == "old"
 

@@ -59,7 +59,7 @@ def test_error_budget():
 @pytest.mark.parametrize("forms", [*FORMS, tuple(FORMS)], ids=str)
 def test_exact_at_full_rank(forms):
     model, x = small_net(dtype=torch.float64), images(dtype=torch.float64)
-    converted = convsplit.convert(model, rank="full", forms=forms)
+    converted = convsplit.convert(model, exact=True, forms=forms)
     assert len(split_names(converted)) == 6
     torch.testing.assert_close(converted(x), model(x), rtol=1e-9, atol=1e-10)
 
@@ -146,7 +146,7 @@ def test_plans_print():
 def test_plans_can_be_edited():
     model = small_net()
     plan = convsplit.make_plan(model).keep_dense("blocks.1.*").choose("stem", "dw-pw", rank=2)
-    assert plan.layer("stem").option.components == 6
+    assert plan.layer("stem").option.structure.components == 6
     converted = convsplit.apply_plan(model, plan)
     assert type(converted.blocks[1].conv1) is nn.Conv2d
     assert converted.stem.rank == 2
@@ -185,7 +185,7 @@ def test_what_is_not_a_plan_is_refused(text):
 
 def test_a_model_that_is_a_convolution():
     conv = nn.Conv2d(8, 8, 3, dtype=torch.float64)
-    converted = convsplit.convert(conv, rank="full")
+    converted = convsplit.convert(conv, exact=True)
     assert isinstance(converted, SeparableConv2d)
     x = torch.randn(1, 8, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(converted(x), conv(x), rtol=1e-9, atol=1e-10)
@@ -212,8 +212,8 @@ def test_not_a_module():
         ({"forms": ()}, "forms is empty"),
         ({"rank": 0}, "rank=0: the rank is at least 1"),
         ({"rank": 1.5}, "rank=1.5: want a positive integer"),
-        ({"rank": "half"}, 'want a positive integer, "full" or None'),
-        ({"rank": 1, "budget": Budget(params=0.5)}, "give budget= or rank=, not both"),
+        ({"rank": "half"}, "say exact=True"),
+        ({"rank": 1, "budget": Budget(params=0.5)}, "give one of budget=, rank= and exact=, not budget= and rank="),
         ({"budget": Budget(params=0.001)}, r"cannot be met: the smallest that can is params=0\.\d+"),
         ({"budget": Budget(macs=0.5)}, "pass example_inputs"),
     ],
@@ -268,7 +268,7 @@ def test_compare_every_kind_of_output():
         lambda y: {"a": (y, None)},
     ):
         model = Wrapper(wrap)
-        report = convsplit.compare(model, convsplit.convert(model, rank="full"), images())
+        report = convsplit.compare(model, convsplit.convert(model, exact=True), images())
         assert report.drift.relative < 1e-4
         assert report.drift.cosine == pytest.approx(1, abs=1e-6)
         assert report.agreement == 1

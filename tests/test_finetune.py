@@ -74,7 +74,7 @@ def test_modules_are_found_where_no_single_tensor_passes():
 @pytest.mark.parametrize("cls", [SmallNet, Untraceable, UNet], ids=lambda c: c.__name__)
 def test_blocks_compute_what_the_model_computes(cls):
     model = small_net(cls) if issubclass(cls, SmallNet) else cls().eval()
-    converted = convsplit.convert(model, rank="full")
+    converted = convsplit.convert(model, exact=True)
     with torch.no_grad():
         count, blocks = walk_blocks(model, converted.eval(), [images(4), images(3, seed=1)], None)
         names = []

@@ -39,7 +39,7 @@ def results() -> tuple[convsplit.Report, convsplit.Frontier]:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)).eval()
     inputs = torch.randn(2, 3, 9, 9)
     report = convsplit.compare(model, convsplit.convert(model, forms="dw-pw", rank=1), inputs)
-    return report, convsplit.frontier(model, inputs=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
+    return report, convsplit.frontier(model, batches=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
 
 
 def page_of(report: convsplit.Report, frontier: convsplit.Frontier | None, folder: Path) -> str:

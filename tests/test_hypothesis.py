@@ -106,7 +106,7 @@ def test_conversion_keeps_or_explains(drawn: tuple[nn.Conv2d, Tensor]) -> None:
     before = {key: value.clone() for key, value in conv.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", convsplit.ConversionWarning)
-        plan = convsplit.make_plan(conv, x, rank="full")
+        plan = convsplit.make_plan(conv, x, exact=True)
     (layer,) = plan.layers
     pointwise, depthwise = conv.kernel_size == (1, 1), conv.groups == conv.in_channels
     assert layer.split == (not pointwise and not depthwise)

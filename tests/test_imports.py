@@ -14,8 +14,9 @@ import pytest
 import convsplit
 
 ROOMS = [
-    "progress", "parallel", "precision", "files", "spec", "tables", "lowrank", "forms", "layers", "kinds", "model",
-    "data", "choose", "rewrite", "measure", "repair", "report", "storage", "finetune", "api", "passes", "cli",
+    "progress", "parallel", "precision", "files", "spec", "tables", "lowrank", "forms", "structure", "layers",
+    "kinds", "model", "data", "choose", "rewrite", "measure", "repair", "report", "storage", "studies", "finetune",
+    "api", "passes", "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

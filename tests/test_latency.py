@@ -9,12 +9,13 @@ from torch import nn
 
 import convsplit
 from convsplit import Budget, SeparableConv2d, Stopwatch
-from convsplit.choose.options import Option, find_options
+from convsplit.choose.options import Option, find_menus
 from convsplit.choose.plan import Conditions
 from convsplit.measure.speed import _faster_only, choose_by_time
 from convsplit.measure.timing import Timing, conditions_of, time_models
 from convsplit.model.graphs import trace
 from convsplit.model.sites import find_sites
+from convsplit.structure import Structure
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def model() -> nn.Module:
 
 def menus_of(net: nn.Module, x: torch.Tensor) -> list:
     traced = trace(net, x)
-    return find_options(net, find_sites(net, traced), progress=False)
+    return find_menus(find_sites(net, traced), progress=False)
 
 
 @pytest.mark.parametrize("form", ["dw-pw", "pw-dw"])
@@ -98,27 +99,29 @@ def test_every_option_gets_milliseconds_and_equal_layers_are_measured_once() -> 
     net, x = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)).eval(), None
     x = torch.randn(2, 16, 12, 12)
     stopwatch = Stopwatch(seconds=0.5)
-    first, second = stopwatch.timed(net, menus_of(net, x), conditions_of(net, x))
+    first, second = stopwatch.timed(menus_of(net, x), conditions_of(net, x))
     assert len(stopwatch._known) == 1
     assert [o.milliseconds for o in first.options] == [o.milliseconds for o in second.options]
     assert all(option.milliseconds is not None and option.milliseconds > 0 for option in first.options)
     known = dict(stopwatch._known)
-    stopwatch.timed(net, menus_of(net, x), conditions_of(net, x))
+    stopwatch.timed(menus_of(net, x), conditions_of(net, x))
     assert stopwatch._known == known  # remembered, not measured again
 
 
 def test_wider_options_take_longer() -> None:
     """Not pairwise, as interpolation and noise forbid that, but from one end of the grid to the other."""
     net, x = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).eval(), torch.randn(4, 64, 32, 32)
-    (menu,) = Stopwatch(seconds=2).timed(net, menus_of(net, x), conditions_of(net, x))
-    times = [option.milliseconds for option in menu.options if option.form == "pw-dw-pw"]
+    (menu,) = Stopwatch(seconds=2).timed(menus_of(net, x), conditions_of(net, x))
+    times = [
+        option.milliseconds for option in menu.options if option.structure and option.structure.form == "pw-dw-pw"
+    ]
     assert times[0] < times[-1]
 
 
 def test_training_is_slower_than_inference() -> None:
     net, x = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)).eval(), torch.randn(4, 32, 24, 24)
     forward, both = (
-        Stopwatch(seconds=1, training=training).timed(net, menus_of(net, x), conditions_of(net, x))[0].dense
+        Stopwatch(seconds=1, training=training).timed(menus_of(net, x), conditions_of(net, x))[0].dense
         for training in (False, True)
     )
     assert both.milliseconds > forward.milliseconds
@@ -134,7 +137,7 @@ def test_layers_that_are_never_called_cost_nothing() -> None:
             return self.used(x)
 
     net, x = Half().eval(), torch.randn(1, 8, 8, 8)
-    used, unused = Stopwatch(seconds=0.2).timed(net, menus_of(net, x), conditions_of(net, x))
+    used, unused = Stopwatch(seconds=0.2).timed(menus_of(net, x), conditions_of(net, x))
     assert used.dense.milliseconds > 0
     assert all(option.milliseconds == 0 for option in unused.options)
 
@@ -238,7 +241,9 @@ def test_options_of_older_plans_have_no_time() -> None:
             for new in ("milliseconds", "arrangement"):
                 del layer[key][new]
     assert convsplit.Plan.from_json(json.dumps(data)) == plan
-    assert plan.layers[0].option == Option("dw-pw", 32, True, 32 * (9 + 64), None, plan.layers[0].option.error)
+    assert plan.layers[0].option == Option(
+        Structure("dw-pw", 32, True), 32 * (9 + 64), None, plan.layers[0].option.error
+    )
 
 
 def test_a_report_has_the_milliseconds_of_its_layers() -> None:
@@ -255,7 +260,7 @@ def test_choosing_again_takes_out_what_is_slower_in_place(monkeypatch: pytest.Mo
     net, x = model(), torch.randn(2, 32, 8, 8)
     menus = menus_of(net, x)
 
-    def flattering(self, model, menus, conditions, *, progress=None):
+    def flattering(self, menus, conditions, *, progress=None):
         return [
             replace(m, options=tuple(replace(o, milliseconds=1.0 if o.dense else 0.5) for o in m.options))
             for m in menus
@@ -276,16 +281,16 @@ def test_choosing_again_takes_out_what_is_slower_in_place(monkeypatch: pytest.Mo
     )
     assert [option.dense for option in found.chosen] == [True, False]
     assert found.model_milliseconds == (2.0, 1.5)
-    widest = max(option.components for option in menus[0].options)
-    assert max(option.components for option in found.menus[0].options) < 0.8 * widest
+    widest = max(option.structure.components for option in menus[0].options[1:])
+    assert max(option.structure.components for option in found.menus[0].options[1:]) < 0.8 * widest
 
 
 def test_bench_measures_every_case_and_notes_what_cannot_be() -> None:
     found = convsplit.bench(
-        model(), torch.randn(1, 32, 16, 16), budgets=[Budget(macs=0.4), Budget(macs=0.0001)], batches=[2, 3],
+        model(), torch.randn(1, 32, 16, 16), budgets=[Budget(macs=0.4), Budget(macs=0.0001)], batch_sizes=[2, 3],
         threads=[1], layouts=["contiguous"], seconds=1, deployed=True, prefer="accuracy",
     )  # fmt: skip
-    assert [(row.batch, row.conditions.threads) for row in found.rows] == [(2, 1), (3, 1)]
+    assert [(row.batch_size, row.conditions.threads) for row in found.rows] == [(2, 1), (3, 1)]
     assert all(row.macs[1] < row.macs[0] and min(row.milliseconds) > 0 for row in found.rows)
     assert found.rows[1].macs[0] * 2 == found.rows[0].macs[0] * 3
     assert len(found.notes) == 2

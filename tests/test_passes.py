@@ -48,7 +48,7 @@ def test_functional_and_module_convolutions_are_split(model: nn.Module) -> None:
     for index, node in enumerate(traced.graph.nodes):
         node.meta["index"] = index
     before, meta = copy.deepcopy(traced.state_dict()), {node.name: node.meta for node in traced.graph.nodes}
-    result = SplitConv2d(rank="full")(traced)
+    result = SplitConv2d(exact=True)(traced)
     graph_module = result.graph_module
     assert result.modified
     assert isinstance(graph_module, fx.GraphModule)
@@ -78,7 +78,7 @@ class RemoveNothing(PassBase):
 def test_composes_in_a_pass_manager_and_comes_to_rest(model: nn.Module) -> None:
     x = images(2, 4, 12, 14)
     manager = PassManager(
-        [RemoveNothing(), SplitConv2d(rank="full"), RemoveNothing()], run_checks_after_each_pass=True
+        [RemoveNothing(), SplitConv2d(exact=True), RemoveNothing()], run_checks_after_each_pass=True
     )
     result = manager(fx.symbolic_trace(model))
     assert result.modified
@@ -90,14 +90,14 @@ def test_composes_in_a_pass_manager_and_comes_to_rest(model: nn.Module) -> None:
 def test_exported_graph(model: nn.Module) -> None:
     x = images(2, 4, 12, 14)
     exported = torch.export.export(model, (x,)).module()
-    result = SplitConv2d(rank="full")(exported)
+    result = SplitConv2d(exact=True)(exported)
     assert sum(isinstance(m, SeparableConv2d) for m in result.graph_module.modules()) == 4
     assert relative(result.graph_module(x), model(x)) < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore::convsplit.ConversionWarning")
 def test_nothing_to_split_is_not_modified() -> None:
-    result = SplitConv2d(rank="full")(fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(3, 3))))
+    result = SplitConv2d(exact=True)(fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(3, 3))))
     assert not result.modified
 
 

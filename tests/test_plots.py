@@ -20,7 +20,7 @@ def results() -> tuple[convsplit.Report, convsplit.Frontier]:
     ).eval()
     inputs = torch.randn(2, 3, 9, 9)
     report = convsplit.compare(model, convsplit.convert(model, forms="dw-pw", rank=1), inputs)
-    return report, convsplit.frontier(model, inputs=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
+    return report, convsplit.frontier(model, batches=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
 
 
 def test_every_picture_draws(results: tuple[convsplit.Report, convsplit.Frontier]) -> None:

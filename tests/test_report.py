@@ -31,7 +31,7 @@ def report() -> convsplit.Report:
 @pytest.fixture(scope="module")
 def frontier() -> convsplit.Frontier:
     inputs = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1))
-    return convsplit.frontier(small_model(), inputs=inputs, budgets=(0.8, 0.5, 0.3, 0.001), forms=["dw-pw", "pw-dw"])
+    return convsplit.frontier(small_model(), batches=inputs, budgets=(0.8, 0.5, 0.3, 0.001), forms=["dw-pw", "pw-dw"])
 
 
 def test_totals_by_hand(report: convsplit.Report) -> None:

@@ -71,7 +71,7 @@ def test_a_registered_handler_is_used_for_the_exact_type() -> None:
     model = settled(nn.Sequential(Doubling(4, 4, 3), Heir(4, 4, 3)))
     assert list(map(bool, reasons(model).values())) == [False, True]
     x = images(2, 4, 8, 8)
-    assert torch.allclose(convsplit.convert(model, rank="full")(x), model(x), rtol=1e-9)
+    assert torch.allclose(convsplit.convert(model, exact=True)(x), model(x), rtol=1e-9)
 
 
 def test_a_handler_may_give_a_reason() -> None:
@@ -89,11 +89,11 @@ def test_padding_that_depends_on_the_input_stays_dynamic() -> None:
     from timm.layers.conv2d_same import Conv2dSame
 
     model = settled(nn.Sequential(Conv2dSame(4, 6, 3, stride=2)))
-    converted = convsplit.convert(model, rank="full")
+    converted = convsplit.convert(model, exact=True)
     assert isinstance(converted[0].stages["pad"], SamePad2d)
     merged = convsplit.merge(converted)
     assert type(merged[0]) is PaddedConv2d
-    again = convsplit.convert(merged, rank="full")
+    again = convsplit.convert(merged, exact=True)
     assert type(again[0]) is SeparableConv2d
     for size in ((8, 8), (9, 11), (1, 2), (15, 6)):
         x = images(2, 4, *size)
@@ -104,7 +104,7 @@ def test_padding_that_depends_on_the_input_stays_dynamic() -> None:
 def test_a_plan_of_a_padded_layer_fits_a_fresh_instance_only_with_the_same_numbers() -> None:
     from timm.layers.conv2d_same import Conv2dSame
 
-    plan = convsplit.make_plan(settled(nn.Sequential(Conv2dSame(4, 6, 3, stride=2))), rank="full")
+    plan = convsplit.make_plan(settled(nn.Sequential(Conv2dSame(4, 6, 3, stride=2))), exact=True)
     assert isinstance(convsplit.apply_plan(nn.Sequential(Conv2dSame(4, 6, 3, stride=2)), plan)[0], SeparableConv2d)
     with pytest.raises(ValueError, match="made for another '0'"):
         convsplit.apply_plan(nn.Sequential(Conv2dSame(4, 6, 3, stride=1)), plan)
@@ -115,7 +115,7 @@ def test_a_plan_of_a_padded_layer_fits_a_fresh_instance_only_with_the_same_numbe
 def test_a_baked_layer_is_an_ordinary_one() -> None:
     conv = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)).double()
     conv.parametrizations.weight.requires_grad_(False)
-    converted = convsplit.convert(nn.Sequential(conv), rank="full", bake=True)[0]
+    converted = convsplit.convert(nn.Sequential(conv), exact=True, bake=True)[0]
     assert not converted.weight.requires_grad
     assert converted.bias is not None
     assert converted.bias.requires_grad
@@ -134,7 +134,7 @@ def test_equivalents_share_parameters_and_leave_the_module_alone() -> None:
 
 def test_hooks_of_the_copy_are_its_own(model: nn.Module) -> None:
     handle = model[0].register_forward_hook(doubled)
-    converted = convsplit.convert(model, rank="full")
+    converted = convsplit.convert(model, exact=True)
     x = images(1, 4, 6, 6)
     expected = converted(x)
     handle.remove()
@@ -144,7 +144,7 @@ def test_hooks_of_the_copy_are_its_own(model: nn.Module) -> None:
 
 def test_attributes_set_on_a_layer_go_along(model: nn.Module) -> None:
     model[1].stage, model[1].owner = "P3", [model]
-    converted = convsplit.convert(model, rank="full")
+    converted = convsplit.convert(model, exact=True)
     assert converted[1].stage == "P3"
     assert converted[1].owner[0] is converted
 
@@ -200,7 +200,7 @@ def test_a_failure_in_the_middle_changes_nothing(
     before, around = portrait(model), globals_now()
     expected = (type(failure), ValueError) if isinstance(failure, Exception) else type(failure)
     with pytest.raises(expected):
-        convsplit.convert(model, x, rank="full")
+        convsplit.convert(model, x, exact=True)
     assert portrait(model) == before
     assert globals_now() == around
 

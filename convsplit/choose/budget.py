@@ -43,6 +43,15 @@ class Budget:
         if self.of not in ("splittable", "model"):
             raise ValueError(f'Budget(of={self.of!r}): want "splittable" or "model"')
 
+    @classmethod
+    def of_kind(cls, kind: str, fraction: float) -> Budget:
+        """The budget of a kind named in a variable.
+
+        >>> Budget.of_kind("macs", 0.25)
+        Budget(macs=0.25)
+        """
+        return cls(**{kind: fraction})  # type: ignore[arg-type]
+
     @property
     def kind(self) -> str:
         """Which of the fractions is given: "params", "macs", "latency" or "error"."""

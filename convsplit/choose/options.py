@@ -15,15 +15,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convsplit.data.moments import Marginals, whitened
-from convsplit.forms import FORMS, Form, form_named, grouped
-from convsplit.kinds import Equivalent, equivalent
+from convsplit.forms import FORMS, Form, grouped
 from convsplit.model.sites import Site
 from convsplit.parallel import in_parallel
+from convsplit.precision import widened
 from convsplit.spec import ConvSpec
+from convsplit.structure import Structure
 
 GRID = 32  # ranks tried per form, in equal ratios: steps of about 12 % between 3 % and all of the dense cost
 SMALLEST = 0.03
@@ -32,14 +32,12 @@ MULTIPLE = 8  # widths that are multiples of it fill the vector registers of eve
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a convolution. `form` is empty for the dense one.
+    """One way to run a convolution. `structure` is None for the dense one.
 
     `macs` and `milliseconds` add up its calls, None where unknown; `arrangement` is that of `SeparableConv2d`.
     """
 
-    form: str
-    components: int
-    even: bool
+    structure: Structure | None
     params: int
     macs: int | None
     error: float | None
@@ -48,7 +46,7 @@ class Option:
 
     @property
     def dense(self) -> bool:
-        return not self.form
+        return self.structure is None
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,15 @@ class Menu:
 
     def at(self, site: Site) -> Menu:
         """The same options where the layer sees inputs of another size: with the MACs of those."""
-        counted = (replace(option, macs=_macs(site, option.form, option.components)) for option in self.options)
+        counted = (replace(option, macs=_macs(site, option.structure)) for option in self.options)
         return replace(self, site=site, options=tuple(counted))
 
 
-def find_options(
-    model: nn.Module,
+def find_menus(
     sites: Iterable[Site],
     *,
-    forms: Sequence[str] = tuple(FORMS),
-    rank: int | str | None = None,
+    forms: Sequence[Form] = tuple(FORMS.values()),
+    rank: int | None = None,
     marginals: Mapping[str, Marginals] | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -82,32 +79,43 @@ def find_options(
     """The options of every splittable site: a grid of ranks of each form, or the one given `rank`.
 
     `marginals` of the sites' inputs, from `measure_marginals`, turn errors of weights into errors of outputs.
-
-    Raises:
-        ValueError: an unknown form, or a rank that is neither a positive integer nor "full".
     """
-    chosen = [form_named(name) for name in forms]
-    if not chosen:
-        raise ValueError(f"forms is empty; name at least one of {', '.join(map(repr, FORMS))}")
-    check_rank(rank)
-    splittable = [site for site in sites if site.splittable]
-    originals = {site.name: equivalent(model.get_submodule(site.name)) for site in splittable}
 
     def menu(site: Site) -> Menu:
         known = (marginals or {}).get(site.name)
-        return Menu(site, (dense_option(site), *_options(originals[site.name], site, chosen, rank, known, seed)))
+        return Menu(site, (dense_option(site), *_options(site, forms, rank, known, seed)))
 
     return in_parallel(
-        menu, splittable, "Error curves", size=lambda site: dense_option(site).params, progress=progress
+        menu, _splittable(sites), "Error curves", size=lambda site: dense_option(site).params, progress=progress
     )
 
 
-def check_rank(rank: int | str | None) -> None:
+def exact_menus(sites: Iterable[Site], forms: Sequence[Form] = tuple(FORMS.values())) -> list[Menu]:
+    """For every splittable site its cheapest exact rewriting, whatever that costs; nothing is factorised."""
+    menus = []
+    for site in _splittable(sites):
+        assert site.spec is not None
+        structures = [Structure.exact(site.spec, form.name) for form in forms]
+        exact = min((_option(site, each, 0.0) for each in structures), key=lambda option: option.params)
+        menus.append(Menu(site, (dense_option(site), exact)))
+    return menus
+
+
+def closest_split(menu: Menu) -> Option:
+    """With a fixed rank nothing is traded: the form with the smallest error, dense only where none is allowed."""
+    return min(menu.options[1:], key=lambda option: (option.error, option.params), default=menu.dense)
+
+
+def _splittable(sites: Iterable[Site]) -> list[Site]:
+    return [site for site in sites if site.splittable]
+
+
+def check_rank(rank: int | None) -> None:
     """Refuse what is not a rank."""
-    if rank is None or rank == "full":
+    if rank is None:
         return
     if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ValueError(f'rank={rank!r}: want a positive integer, "full" or None')
+        raise ValueError(f"rank={rank!r}: want a positive integer or None; for an exact rewriting say exact=True")
     if rank < 1:
         raise ValueError(f"rank={rank}: the rank is at least 1")
 
@@ -115,31 +123,24 @@ def check_rank(rank: int | str | None) -> None:
 def dense_option(site: Site) -> Option:
     """The convolution as it is."""
     assert site.spec is not None
-    return Option("", 0, True, site.spec.weight_params, _macs(site, "", 0), 0.0)
+    return Option(None, site.spec.weight_params, _macs(site, None), 0.0)
 
 
 def _options(
-    original: Equivalent | str,
-    site: Site,
-    forms: Sequence[Form],
-    rank: int | str | None,
-    marginals: Marginals | None,
-    seed: int,
+    site: Site, forms: Sequence[Form], rank: int | None, marginals: Marginals | None, seed: int
 ) -> list[Option]:
     spec = site.spec
     assert spec is not None
-    assert isinstance(original, Equivalent)
-    weight = original.conv.weight.detach()
-    kernel = grouped(weight.to(torch.promote_types(weight.dtype, torch.float32)), spec.groups).contiguous()
-    if rank == "full":
-        return [min((_full(site, form) for form in forms), key=lambda option: option.params)]
+    assert site.original is not None
+    kernel = grouped(widened(site.original.conv.weight.detach()), spec.groups).contiguous()
     options: list[Option] = []
     for form in forms:
-        counts = _grid(form, spec) if rank is None else [form.components(spec, int(rank))]
+        counts = _grid(form, spec) if rank is None else [form.components(spec, rank)]
         even = rank is not None or (form.expands and form.projects)
         if counts:
             errors = form.errors(_in_metric(kernel, form, marginals), counts, even=even, seed=seed)
-            options += [_option(site, form, R, even, error) for R, error in zip(counts, errors, strict=True)]
+            structures = [Structure(form.name, count, even) for count in counts]
+            options += [_option(site, each, error) for each, error in zip(structures, errors, strict=True)]
     dense = dense_option(site)
     return [option for option in options if _costs_less(option, dense)]
 
@@ -151,27 +152,20 @@ def _in_metric(kernel: Tensor, form: Form, marginals: Marginals | None) -> Tenso
     return whitened(kernel, *marginals.roots(mix_channels=form.expands)).to(kernel.dtype)
 
 
-def _full(site: Site, form: Form) -> Option:
+def _option(site: Site, structure: Structure, error: float) -> Option:
     assert site.spec is not None
-    return _option(site, form, form.exact(site.spec), True, 0.0)
+    return Option(structure, structure.params(site.spec), _macs(site, structure), error)
 
 
-def _option(site: Site, form: Form, components: int, even: bool, error: float) -> Option:
-    assert site.spec is not None
-    macs = _macs(site, form.name, components)
-    return Option(form.name, components, even, form.params(site.spec, components), macs, error)
-
-
-def _macs(site: Site, form: str, components: int) -> int | None:
-    """MACs of all calls of a site, in a form or (where that is empty) as it is; None where no calls are known."""
+def _macs(site: Site, structure: Structure | None) -> int | None:
+    """MACs of all calls of a site, in a structure or (where there is none) as it is; None where no calls are known."""
     spec, calls = site.spec, site.calls
     assert spec is not None
     if not calls:
         return None
-    if not form:
+    if structure is None:
         return sum(use.images * spec.macs(use.output_hw) for use in calls)
-    count = form_named(form).macs
-    return sum(use.images * count(spec, components, use.input_hw, use.output_hw) for use in calls)
+    return sum(use.images * structure.macs(spec, use.input_hw, use.output_hw) for use in calls)
 
 
 def _costs_less(option: Option, dense: Option) -> bool:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from convsplit.choose.budget import Budget
 from convsplit.choose.options import Menu, Option
-from convsplit.forms import form_named
-from convsplit.layers.separable import resolve_rank
 from convsplit.model.sites import Site
 from convsplit.spec import ConvSpec
+from convsplit.structure import Structure
 from convsplit.tables import (
     Table,
+    Tabular,
     count,
-    html_page_part,
     milliseconds,
     ratio,
-    records_csv,
-    records_pandas,
     share,
     times_faster,
 )
@@ -89,7 +86,7 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """What becomes of every convolution of a model; see `make_plan`.
 
     `model_params` and `model_macs` count the whole model; `budget` and `seed` say how the plan came about.
@@ -145,8 +142,8 @@ class Plan:
         layer = self.layer(name)
         if layer.spec is None or layer.dense is None:
             raise ValueError(f"{name} cannot be split: {layer.reason}")
-        R, even = resolve_rank(form_named(form), layer.spec, rank, components)
-        option = Option(form, R, even, form_named(form).params(layer.spec, R), None, None)
+        structure = Structure.of(layer.spec, form, rank=rank, components=components)
+        option = Option(structure, structure.params(layer.spec), None, None)
         layers = (replace(x, option=option, reason="") if x.name == name else x for x in self.layers)
         return replace(self, layers=tuple(layers))
 
@@ -212,27 +209,9 @@ class Plan:
         text += f", of the model {milliseconds(slow)} -> {milliseconds(fast)} ({times_faster(slow, fast)})"
         return text if fast <= slow else f"{text}: slower than before"
 
-    def __str__(self) -> str:
-        return f"{self.table().text()}\n\n{self.summary()}"
-
-    def _repr_html_(self) -> str:
-        return html_page_part("Plan", self.summary(), self.table())
-
     def records(self) -> list[dict[str, Any]]:
         """One dict of plain values per convolution."""
         return [_record(layer) for layer in self.layers]
-
-    def to_csv(self) -> str:
-        """One line per convolution, plain numbers."""
-        return records_csv(self.records())
-
-    def to_markdown(self) -> str:
-        """GitHub-flavoured Markdown, for pull requests."""
-        return f"{self.summary()}\n\n{self.table().markdown()}\n"
-
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with one row per convolution."""
-        return records_pandas(self.records())
 
     def to_json(self) -> str:
         """JSON text; `from_json` reads it back to an equal plan."""
@@ -290,9 +269,12 @@ class Plan:
 
 
 def planned_layers(
-    sites: list[Site], menus: list[Menu], chosen: list[Option], called: bool
+    sites: Sequence[Site], menus: Sequence[Menu], chosen: Sequence[Option], *, observed: bool
 ) -> tuple[PlannedLayer, ...]:
-    """Every site with the option chosen for it, and the reason where it stays dense."""
+    """Every site with the option chosen for it, and the reason where it stays dense.
+
+    `observed`: the model was run on example inputs.
+    """
     choices = {menu.site.name: (menu, option) for menu, option in zip(menus, chosen, strict=True)}
     layers = []
     for site in sites:
@@ -305,8 +287,10 @@ def planned_layers(
             reason = menu.note or (
                 "the budget is better spent here" if len(menu.options) > 1 else "no form costs less"
             )
-        if called and not site.calls:
+        if observed and not site.calls:
             reason = "; ".join(filter(None, (reason, "not reached by the example inputs")))
+        elif site.places == 0 and not site.calls:
+            reason = "; ".join(filter(None, (reason, "not called in the traced code")))
         layers.append(PlannedLayer(site.name, site.spec, menu.dense, option, reason))
     return tuple(layers)
 
@@ -318,15 +302,16 @@ def _row(layer: PlannedLayer, timed: bool) -> list[str]:
         if spec is None
         else f"{spec.out_channels}x{spec.in_channels // spec.groups}x" + "x".join(map(str, spec.kernel_size))
     )
-    if option is None or not layer.split or spec is None:
+    if option is None or option.structure is None or spec is None:
         before = "" if spec is None else count(layer.params[0])
         macs = "" if layer.dense is None else count(layer.macs[0])
         time = [milliseconds(layer.milliseconds[0]), "", ""] if timed else []
         return [layer.name, kernel, "dense", "", before, "", "", macs, "", *time, "", layer.reason]
     before_, after = layer.params
-    width = str(option.components) + ("" if option.even else " uneven")
+    structure = option.structure
+    width = str(structure.components) + ("" if structure.even else " uneven")
     return [
-        layer.name, kernel, option.form, width, count(before_), count(after), ratio(after, before_),
+        layer.name, kernel, structure.form, width, count(before_), count(after), ratio(after, before_),
         count(layer.macs[0]), count(layer.macs[1]), *(_times(layer) if timed else []),
         share(option.error), layer.reason,
     ]  # fmt: skip
@@ -339,10 +324,11 @@ def _times(layer: PlannedLayer) -> list[str]:
 
 def _record(layer: PlannedLayer) -> dict[str, Any]:
     option = layer.option if layer.split else None
+    structure = option.structure if option else None
     return {
         "layer": layer.name,
-        "form": option.form if option else "dense",
-        "components": option.components if option else None,
+        "form": structure.form if structure else "dense",
+        "components": structure.components if structure else None,
         "params_before": layer.params[0],
         "params_after": layer.params[1],
         "macs_before": layer.macs[0],
@@ -364,7 +350,14 @@ def _layer_from_json(data: dict[str, Any]) -> PlannedLayer:
     return PlannedLayer(
         name=str(data["name"]),
         spec=ConvSpec.from_json(data["spec"]) if data["spec"] else None,
-        dense=Option(**data["dense"]) if data["dense"] else None,
-        option=Option(**data["option"]) if data["option"] else None,
+        dense=_option_from_json(data["dense"]),
+        option=_option_from_json(data["option"]),
         reason=str(data["reason"]),
     )
+
+
+def _option_from_json(data: dict[str, Any] | None) -> Option | None:
+    if not data:
+        return None
+    structure = data["structure"]
+    return Option(**{**data, "structure": None if structure is None else Structure(**structure)})

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from convsplit.api import make_plan
+from convsplit.api import study
 from convsplit.choose.budget import KINDS, Budget
 from convsplit.choose.plan import Plan
 from convsplit.cli.inputs import read_inputs
@@ -17,6 +17,7 @@ from convsplit.cli.models import argument, load_model
 from convsplit.cli.parser import did_you_mean
 from convsplit.forms import FORMS
 from convsplit.measure.speed import PREFERENCES
+from convsplit.studies import Study
 
 
 def model_arguments(parser: ArgumentParser) -> None:
@@ -43,6 +44,14 @@ def input_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--image-size", metavar="N", type=_positive, default=224, help="for folders of images (224)")
 
 
+def calibration_argument(parser: ArgumentParser) -> None:
+    """What ranks are chosen on and the result is repaired with."""
+    parser.add_argument(
+        "--calibrate", metavar="SOURCE", action="append", default=[],
+        help="unlabelled inputs, as for --input: ranks go by the outputs' error, and the result is repaired",
+    )  # fmt: skip
+
+
 def choice_arguments(parser: ArgumentParser) -> None:
     """What is split, and how far."""
     group = parser.add_argument_group("choice")
@@ -51,7 +60,8 @@ def choice_arguments(parser: ArgumentParser) -> None:
         "--budget", metavar="KIND=FRACTION", type=budget,
         help="params=0.5, macs=0.3, latency=0.5 or error=0.05; with ,of=model of the whole model (params=0.5)",
     )  # fmt: skip
-    how.add_argument("--rank", type=rank, help='the same rank in every layer, or "full"')
+    how.add_argument("--rank", metavar="N", type=_positive, help="the same rank in every layer")
+    how.add_argument("--exact", action="store_true", help="an exact rewriting, whatever it costs")
     group.add_argument(
         "--prefer", choices=PREFERENCES, default="accuracy", help="speed: only what is measured faster (accuracy)"
     )
@@ -62,7 +72,7 @@ def choice_arguments(parser: ArgumentParser) -> None:
 def forms_arguments(parser: ArgumentParser) -> None:
     """Limits of the choice."""
     group = parser.add_argument_group("limits")
-    group.add_argument("--forms", type=forms, default=tuple(FORMS), help=f"only these ({','.join(FORMS)})")
+    group.add_argument("--forms", type=forms, help=f"only these ({','.join(FORMS)})")
     group.add_argument(
         "--skip", metavar="NAME", action="append", default=[], help="leave this layer alone; a pattern; repeatable"
     )
@@ -91,7 +101,11 @@ def model_of(args: Namespace) -> nn.Module:
 
 def inputs_of(args: Namespace) -> list[Any]:
     """The batches a command line names."""
-    return read_inputs(args.input, batch=args.batch, limit=args.limit, size=args.image_size, seed=args.seed)
+    return _batches_of(args, args.input)
+
+
+def _batches_of(args: Namespace, sources: list[str]) -> list[Any]:
+    return read_inputs(sources, batch=args.batch, limit=args.limit, size=args.image_size, seed=args.seed)
 
 
 def required_inputs_of(args: Namespace) -> list[Any]:
@@ -106,14 +120,20 @@ def progress_of(args: Namespace) -> bool | None:
     return False if args.quiet else None
 
 
-def plan_of(args: Namespace, model: nn.Module, inputs: list[Any]) -> Plan:
+def study_of(args: Namespace, model: nn.Module, inputs: list[Any]) -> Study[nn.Module]:
+    """What a command line asks to be known of a model."""
+    calibration = _batches_of(args, args.calibrate)
+    return study(
+        model, inputs[0] if inputs else None, calibration=calibration or None, forms=args.forms, skip=args.skip,
+        seed=args.seed, progress=progress_of(args),
+    )  # fmt: skip
+
+
+def plan_of(args: Namespace, known: Study[nn.Module]) -> Plan:
     """The plan a command line names or describes."""
     if args.plan is not None:
         return Plan.load(args.plan)
-    return make_plan(
-        model, inputs[0] if inputs else None, budget=args.budget, rank=args.rank, forms=args.forms, skip=args.skip,
-        prefer=args.prefer, seed=args.seed, progress=progress_of(args),
-    )  # fmt: skip
+    return known.plan(args.budget, rank=args.rank, exact=args.exact, prefer=args.prefer)
 
 
 def budget(text: str) -> Budget:
@@ -129,11 +149,6 @@ def budget(text: str) -> Budget:
         return Budget(**given)
     except (ValueError, TypeError) as error:
         raise ArgumentTypeError(str(error)) from error
-
-
-def rank(text: str) -> int | str:
-    """Read a positive number or `full`."""
-    return "full" if text == "full" else _positive(text)
 
 
 def forms(text: str) -> tuple[str, ...]:

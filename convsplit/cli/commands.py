@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import convsplit.api as api
+from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
 from convsplit.cli.arguments import (
+    calibration_argument,
     choice_arguments,
     forms_arguments,
     fractions,
@@ -27,6 +30,7 @@ from convsplit.cli.arguments import (
     progress_of,
     required_inputs_of,
     seed_argument,
+    study_of,
 )
 from convsplit.cli.completion import SHELLS, completion_script
 from convsplit.cli.inspection import inspect_file
@@ -34,37 +38,34 @@ from convsplit.cli.output import print_json, terminal_width, write, write_whole
 from convsplit.cli.parser import command
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.measure.bench import LAYOUTS, Bench
-from convsplit.measure.bench import bench as run_bench
 from convsplit.measure.speed import PREFERENCES
 from convsplit.repair.refitting import refit as refit_layers
 from convsplit.report import Frontier, compare
-from convsplit.report.frontier import BUDGETS, budget_of
-from convsplit.report.frontier import frontier as compute_frontier
-from convsplit.rewrite import apply_plan
 from convsplit.rewrite import merge as merge_layers
 from convsplit.storage import load, save
+from convsplit.studies import BUDGETS
 from convsplit.tables import Table, count, share
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth")
 
 
 @command(
-    model_arguments, choice_arguments, input_arguments, seed_argument, out_argument("write the plan as JSON"),
-    output_arguments,
+    model_arguments, choice_arguments, input_arguments, calibration_argument, seed_argument,
+    out_argument("write the plan as JSON"), output_arguments,
 )  # fmt: skip
 def plan(args: Namespace) -> None:
     """Say what would become of every convolution.
 
     example: convsplit plan torchvision.models:resnet18 --budget params=0.5 --input 1x3x224x224
     """
-    made = plan_of(args, model_of(args), inputs_of(args))
+    made = plan_of(args, study_of(args, model_of(args), inputs_of(args)))
     if args.out:
         write(args.out, made.to_json() + "\n")
     print(made.to_json() if args.json else _shown(made))
 
 
 @command(
-    model_arguments, choice_arguments, input_arguments, seed_argument,
+    model_arguments, choice_arguments, input_arguments, calibration_argument, seed_argument,
     out_argument("the converted model, .safetensors", required=True), output_arguments,
 )  # fmt: skip
 def convert(args: Namespace) -> None:
@@ -76,9 +77,9 @@ def convert(args: Namespace) -> None:
     """
     _check_suffix(args.out, (".safetensors",))
     started = time.perf_counter()
-    model = model_of(args)
-    chosen = plan_of(args, model, inputs_of(args))
-    save(apply_plan(model, chosen, progress=progress_of(args)), args.out)
+    known = study_of(args, model_of(args), inputs_of(args))
+    chosen = plan_of(args, known)
+    save(known.apply(chosen), args.out)
     seconds = time.perf_counter() - started
     if args.json:
         print_json({"out": str(args.out), "seconds": seconds, "split": len(chosen.split), **chosen.totals()})
@@ -98,8 +99,8 @@ def _report_arguments(parser: ArgumentParser) -> None:
 
 
 @command(
-    model_arguments, _converted_argument, choice_arguments, input_arguments, _report_arguments, seed_argument,
-    out_argument("write the report as JSON"), output_arguments,
+    model_arguments, _converted_argument, choice_arguments, input_arguments, calibration_argument, _report_arguments,
+    seed_argument, out_argument("write the report as JSON"), output_arguments,
 )  # fmt: skip
 def report(args: Namespace) -> None:
     """Measure what a conversion saved and how far it moved the output.
@@ -122,7 +123,8 @@ def report(args: Namespace) -> None:
 def _converted(args: Namespace, model: nn.Module, inputs: list[object]) -> nn.Module:
     if args.converted is not None:
         return load(args.converted, model)
-    return apply_plan(model, plan_of(args, model, inputs), progress=progress_of(args))
+    known = study_of(args, model, inputs)
+    return known.apply(plan_of(args, known))
 
 
 @command(
@@ -180,7 +182,7 @@ def _frontier_arguments(parser: ArgumentParser) -> None:
 
 
 @command(
-    model_arguments, input_arguments, _frontier_arguments, forms_arguments, seed_argument,
+    model_arguments, input_arguments, calibration_argument, _frontier_arguments, forms_arguments, seed_argument,
     out_argument("write the curve as JSON"), output_arguments,
 )  # fmt: skip
 def frontier(args: Namespace) -> None:
@@ -190,12 +192,9 @@ def frontier(args: Namespace) -> None:
 
     example: convsplit frontier torchvision.models:resnet18 --budgets 0.75,0.5,0.25 --input photos/
     """
-    inputs, model = inputs_of(args), model_of(args)
-    made = compute_frontier(
-        model, inputs[0] if inputs else None, inputs=inputs or None, budgets=args.budgets, kind=args.kind,
-        forms=args.forms, skip=args.skip, seed=args.seed, progress=progress_of(args),
-    )  # fmt: skip
-    _publish(made, args)
+    inputs = inputs_of(args)
+    known = study_of(args, model_of(args), inputs)
+    _publish(known.frontier(inputs or None, budgets=args.budgets, kind=args.kind), args)
 
 
 def _publish(made: Frontier | Bench, args: Namespace) -> None:
@@ -233,8 +232,8 @@ def bench(args: Namespace) -> None:
     example: convsplit bench torchvision.models:resnet18 --input 1x3x224x224 --budgets 0.5,0.25 --batches 1,8
     """
     inputs, model = required_inputs_of(args), model_of(args).eval()
-    made = run_bench(
-        model, inputs[0], budgets=[budget_of(args.kind, each) for each in args.budgets], batches=args.batches,
+    made = api.bench(
+        model, inputs[0], budgets=[Budget.of_kind(args.kind, each) for each in args.budgets], batch_sizes=args.batches,
         threads=args.threads, layouts=[args.layout] if args.layout else LAYOUTS, compiled=args.compile,
         prefer=args.prefer, forms=args.forms, skip=args.skip, deployed=args.deployed, seconds=args.seconds,
         progress=progress_of(args),

@@ -13,11 +13,11 @@ from torch import nn
 
 from convsplit.choose.allocation import allocate
 from convsplit.choose.budget import Budget
-from convsplit.choose.options import Menu, Option
+from convsplit.choose.options import Menu, Option, closest_split
 from convsplit.choose.plan import Conditions, Plan, PlannedLayer
 from convsplit.measure.stopwatch import Stopwatch, with_noise
 from convsplit.measure.timing import Timing, conditions_of, time_models
-from convsplit.model.running import Batch
+from convsplit.model.running import Batch, Forward
 from convsplit.rewrite import apply_plan
 from convsplit.tables import milliseconds
 
@@ -49,6 +49,7 @@ def choose_by_time(
     stopwatch: Stopwatch,
     model_params: int,
     model_macs: int | None,
+    forward: Forward | None = None,
     progress: bool | None = None,
 ) -> Timed:
     """Choose one option per menu as `allocate` does (or the closest, without a budget), by measured milliseconds.
@@ -60,12 +61,12 @@ def choose_by_time(
         ValueError: as `allocate`; also where no choice is as fast within the model as a budget of latency asks.
     """
     conditions = conditions_of(model, example_inputs, training=stopwatch.training)
-    offered = stopwatch.timed(model, menus, conditions, progress=progress)
+    offered = stopwatch.timed(menus, conditions, progress=progress)
     if prefer == "speed":
         offered = [_faster_only(menu) for menu in offered]
     asked, best = budget, None
     by_latency = budget is not None and budget.kind == "latency"
-    (whole,) = time_models([model], example_inputs)
+    (whole,) = time_models([model], example_inputs, forward=forward)
     for attempt in range(TRIES):
         try:
             chosen = _choose(offered, asked, model_params, model_macs, whole.total)
@@ -73,7 +74,7 @@ def choose_by_time(
             if best is not None and by_latency:  # asked for less than there is, on the way
                 break
             raise ValueError(f"{error}{_HINT if prefer == 'speed' else ''}") from error
-        before, after = _measured(model, example_inputs, offered, chosen)
+        before, after = _measured(model, example_inputs, forward, offered, chosen)
         timed = _in_place(offered, chosen, before, after, conditions)
         again = False
         if prefer == "speed":  # the last try finds such layers with their dense option only
@@ -115,13 +116,8 @@ def _choose(
     )
 
 
-def closest_split(menu: Menu) -> Option:
-    """With a fixed rank nothing is traded: the form with the smallest error, dense only where none is allowed."""
-    return min(menu.options[1:], key=lambda option: (option.error, option.params), default=menu.dense)
-
-
 def _measured(
-    model: nn.Module, example_inputs: Batch, menus: list[Menu], chosen: list[Option]
+    model: nn.Module, example_inputs: Batch, forward: Forward | None, menus: list[Menu], chosen: list[Option]
 ) -> tuple[Timing, Timing]:
     """The model as it is and as chosen, and all layers that could be split within both."""
     planned = tuple(
@@ -130,7 +126,7 @@ def _measured(
     )
     trial = with_noise(apply_plan(model, Plan(planned, 0), initialise=False, progress=False))
     names = [menu.site.name for menu in menus if menu.site.calls]
-    before, after = time_models([model, trial], example_inputs, layers=[names, names])
+    before, after = time_models([model, trial], example_inputs, layers=[names, names], forward=forward)
     return before, after
 
 
@@ -159,7 +155,7 @@ def _without_slower(
             continue
         changed = True
         left = tuple(o for o in menu.options if o.macs is None or o.dense or o.macs < narrower * (option.macs or 0))
-        text = f"slower within the model: dense {milliseconds(slow)} ms, {option.form} {milliseconds(fast)} ms"
+        text = f"slower within the model: dense {milliseconds(slow)} ms, {option.structure} {milliseconds(fast)} ms"
         kept.append(replace(menu, options=left, note=text if len(left) == 1 else menu.note))
     return kept, changed
 

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from convsplit.choose.options import Menu, Option
 from convsplit.choose.plan import Conditions
-from convsplit.kinds import Equivalent, equivalent
+from convsplit.kinds import Equivalent
 from convsplit.layers.separable import ARRANGEMENTS, SeparableConv2d
 from convsplit.measure.timing import milliseconds_in_turns
 from convsplit.progress import track
 from convsplit.spec import ConvSpec
+from convsplit.structure import Structure
 
 COARSE, COARSER = 5, 3  # ranks of a form that are measured, and of slow layers; the others are interpolated
 HOPELESS = 1.5  # times as slow as the dense layer: one run tells
@@ -53,14 +54,11 @@ class Stopwatch:
     training: bool = False
     _known: dict[tuple[Any, ...], _Curves] = field(default_factory=dict, repr=False)
 
-    def timed(
-        self, model: nn.Module, menus: Sequence[Menu], conditions: Conditions, *, progress: bool | None = None
-    ) -> list[Menu]:
+    def timed(self, menus: Sequence[Menu], conditions: Conditions, *, progress: bool | None = None) -> list[Menu]:
         """The same menus with the milliseconds of every option, and the arrangement in which it takes those.
 
         Sites that the example inputs never reached cost nothing.
         """
-        modules = dict(model.named_modules())
         cases = {
             self._key(menu, shape, conditions): (menu, shape)
             for menu in menus
@@ -69,15 +67,19 @@ class Stopwatch:
         fresh = [key for key in cases if key not in self._known]
         for key in track(fresh, "Measuring layers", progress=progress):
             menu, shape = cases[key]
-            original = equivalent(modules[menu.site.name])
-            assert isinstance(original, Equivalent)
+            original = menu.site.original
+            assert original is not None
             self._known[key] = self._measured(original, menu.options, shape, conditions, self.seconds / len(fresh))
         return [self._filled(menu, conditions) for menu in menus]
 
     def _key(self, menu: Menu, shape: Shape, conditions: Conditions) -> tuple[Any, ...]:
         assert menu.site.spec is not None
-        forms = tuple(dict.fromkeys((option.form, option.even) for option in menu.options))
-        return (replace(menu.site.spec, bias=False), shape, conditions, self.training, forms)
+        ranks: dict[tuple[str, bool], list[int]] = {}
+        for structure in filter(None, (option.structure for option in menu.options)):
+            ranks.setdefault((structure.form, structure.even), []).append(structure.components)
+        # Between the smallest and the largest rank of each form milliseconds are interpolated, beyond they are not.
+        spans = tuple((form, min(found), max(found)) for form, found in sorted(ranks.items()))
+        return (replace(menu.site.spec, bias=False), shape, conditions, self.training, spans)
 
     def _filled(self, menu: Menu, conditions: Conditions) -> Menu:
         curves = [self._known[self._key(menu, use.input_shape, conditions)] for use in menu.site.calls]
@@ -91,16 +93,12 @@ class Stopwatch:
         x = torch.randn(shape, device=conv.weight.device).to(conv.weight.dtype)
         x = x if layout is None else x.contiguous(memory_format=layout)
         dense = _dense(original)
-        candidates: dict[_Candidate, nn.Module] = {_Candidate("", True, "stages", 0): dense}
+        candidates: dict[_Candidate, nn.Module] = {_Candidate(None, "stages"): dense}
         (once,) = milliseconds_in_turns([_inference(dense, x)], 0.0, least_rounds=1)
-        for option in _coarse(options, COARSE if once < 1e3 * seconds / 100 else COARSER):
-            layer = with_noise(
-                SeparableConv2d.empty_like(
-                    conv, form=option.form, components=option.components, even=option.even, pad=original.pad
-                )
-            )
+        for structure in _coarse(options, COARSE if once < 1e3 * seconds / 100 else COARSER):
+            layer = with_noise(SeparableConv2d.empty_like(conv, **vars(structure), pad=original.pad))
             for arrangement, arranged in _arranged(layer, [shape]).items():
-                candidates[_Candidate(option.form, option.even, arrangement, option.components)] = arranged
+                candidates[_Candidate(structure, arrangement)] = arranged
         if layout is not None:
             candidates = {name: module.to(memory_format=layout) for name, module in candidates.items()}
         run = _forward_and_backward if self.training else _inference
@@ -111,10 +109,8 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class _Candidate:
-    form: str
-    even: bool
+    structure: Structure | None  # None for the dense layer
     arrangement: str
-    components: int
 
 
 @dataclass(frozen=True)
@@ -128,24 +124,25 @@ class _Curves:
     def of(cls, times: Mapping[_Candidate, float]) -> _Curves:
         points: dict[tuple[str, bool, str], tuple[list[int], list[float]]] = {}
         dense = 0.0
-        for candidate, taken in sorted(times.items(), key=lambda item: item[0].components):
-            if not candidate.form:
+        for candidate, taken in times.items():
+            if candidate.structure is None:
                 dense = taken
                 continue
-            key = (candidate.form, candidate.even, candidate.arrangement)
+            key = (candidate.structure.form, candidate.structure.even, candidate.arrangement)
             counts, milliseconds = points.setdefault(key, ([], []))
-            counts.append(candidate.components)
+            counts.append(candidate.structure.components)
             milliseconds.append(taken)
         return cls(dense, points)
 
     def of_option(self, option: Option) -> dict[str, float]:
         """Milliseconds by arrangement, linear in R between measured points."""
-        if option.dense:
+        structure = option.structure
+        if structure is None:
             return {"stages": self.dense}
         return {
-            arrangement: float(np.interp(option.components, *points))
+            arrangement: float(np.interp(structure.components, *points))
             for (form, even, arrangement), points in self.points.items()
-            if (form, even) == (option.form, option.even)
+            if (form, even) == (structure.form, structure.even)
         }
 
 
@@ -176,15 +173,15 @@ def _arranged(layer: SeparableConv2d, shapes: Sequence[Shape]) -> dict[str, Sepa
     return found
 
 
-def _coarse(options: Sequence[Option], count: int) -> Iterator[Option]:
-    """Of each form, some ranks from the smallest to the largest in equal ratios."""
-    forms = dict.fromkeys((option.form, option.even) for option in options if not option.dense)
-    for form, even in forms:
-        own = sorted((o for o in options if (o.form, o.even) == (form, even)), key=lambda o: o.components)
-        least, most = own[0].components, own[-1].components
+def _coarse(options: Sequence[Option], count: int) -> Iterator[Structure]:
+    """Of each form, some ranks from the smallest to the largest in equal ratios, in rising order."""
+    structures = [option.structure for option in options if option.structure is not None]
+    for form, even in dict.fromkeys((each.form, each.even) for each in structures):
+        own = [each for each in structures if (each.form, each.even) == (form, even)]
+        least, most = min(each.components for each in own), max(each.components for each in own)
         wanted = [least * (most / least) ** (index / (count - 1)) for index in range(count)]
-        chosen = {min(own, key=lambda o: abs(math.log(o.components / size))) for size in wanted}
-        yield from sorted(chosen, key=lambda option: option.components)
+        chosen = {min(own, key=lambda each: abs(math.log(each.components / size))) for size in wanted}
+        yield from sorted(chosen, key=lambda each: each.components)
 
 
 def _dense(original: Equivalent) -> nn.Module:

@@ -23,7 +23,7 @@ from convsplit.kinds import is_convolution
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.copies import scratch_copy
 from convsplit.model.guards import same_globals
-from convsplit.model.running import Batch, Call, observe_calls
+from convsplit.model.running import Batch, Call, Forward, observe_calls
 from convsplit.spec import ConvSpec, Pair, pair
 
 
@@ -54,7 +54,7 @@ class Trace:
     graph_weights: frozenset[str] = frozenset()
 
 
-def trace(model: nn.Module, example_inputs: Batch = None) -> Trace:
+def trace(model: nn.Module, example_inputs: Batch = None, forward: Forward | None = None) -> Trace:
     """Trace the largest parts of a model that fx can trace; with example inputs, also run it once for the shapes.
 
     Raises:
@@ -68,7 +68,9 @@ def trace(model: nn.Module, example_inputs: Batch = None) -> Trace:
         functional = tuple(conv for part, graph in graphs.items() for conv in _functional_convs(copied, part, graph))
         weights = frozenset(_weights_of_graph_modules(copied))
         # Tracing runs the model's own code on symbols, which may stay behind in attributes: run a second, clean copy.
-        calls, macs = (None, None) if example_inputs is None else observe_calls(scratch_copy(model), example_inputs)
+        calls, macs = None, None
+        if example_inputs is not None:
+            calls, macs = observe_calls(scratch_copy(model), example_inputs, forward)
     return Trace(graphs, untraced, calls, macs, functional, weights)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from convsplit.kinds import equivalent, is_convolution
+from convsplit.kinds import Equivalent, equivalent, is_convolution
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.graphs import Trace
 from convsplit.model.running import Call
+from convsplit.model.usage import Usage
 from convsplit.spec import ConvSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,7 +28,8 @@ class Site:
 
     `name` is its first name (of an `F.conv2d`, that of its node in the graph) and `aliases` are the others. `reason`
     says why it is left alone; it is empty where the convolution can be split. `calls` are its uses (empty where no
-    example inputs were given).
+    example inputs were given). Where the model's graph shows it, `places` says in how many places of the code it is
+    called and `followed_by` what uses its output. `original` is what it equals, where it can be split.
     """
 
     name: str
@@ -35,6 +37,9 @@ class Site:
     aliases: tuple[str, ...] = ()
     calls: tuple[Call, ...] = ()
     reason: str = ""
+    places: int | None = None
+    followed_by: str = ""
+    original: Equivalent | None = field(default=None, compare=False, repr=False)
 
     @property
     def splittable(self) -> bool:
@@ -58,15 +63,17 @@ def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = 
     names = _names(model)
     inside = _inside_convolutions(model)
     shared = _shared_parameters(model)
+    usage, modules = Usage.of(trace), dict(model.named_modules(remove_duplicate=False))
     found: list[Site] = []
     for module in model.modules():
         if id(module) in inside or not is_convolution(module):
             continue
-        name, *aliases = names[id(module)]
-        spec, reason = _examine(module, shared, bake)
+        name, *aliases = own = names[id(module)]
+        original, spec, reason = _examine(module, shared, bake)
         calls = (trace.calls or {}).get(name, ())
-        found.append(Site(name, spec, tuple(aliases), calls, reason))
-    return _skipped(_with_functional(model, found, trace), skip, dict(model.named_modules()))
+        follows = usage.followed_by(own, modules)
+        found.append(Site(name, spec, tuple(aliases), calls, reason, usage.count(own), follows, original))
+    return _skipped(_with_functional(model, found, trace), skip, modules)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -98,20 +105,20 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in holders.items() if count > 1}
 
 
-def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[ConvSpec | None, str]:
-    """The numbers of a convolution where they are known, and why it cannot be split, or an empty reason."""
+def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[Equivalent | None, ConvSpec | None, str]:
+    """What a convolution equals and its numbers, where they are known, and why it cannot be split, if so."""
     found = equivalent(module)
     if isinstance(found, str):
         if not isinstance(module, nn.Conv2d) or isinstance(module, LazyModuleMixin):
-            return None, found
-        return ConvSpec.of(module), _shape_reason(ConvSpec.of(module)) or found
+            return None, None, found
+        return None, ConvSpec.of(module), _shape_reason(ConvSpec.of(module)) or found
     spec, weight = ConvSpec.of(found.conv), found.conv.weight
     reason = _shape_reason(spec)
     if not reason and found.computed and not bake:
         reason = f"{found.computed}; bake=True splits the weight that runs"
     if not reason and any(id(parameter) in shared for parameter in module.parameters()):
         reason = "shares a parameter with another module"
-    return spec, reason or _weight_reason(weight)
+    return found, spec, reason or _weight_reason(weight)
 
 
 def _shape_reason(spec: ConvSpec) -> str:

@@ -56,7 +56,7 @@ def compare(
 
     >>> import convsplit
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
-    >>> report = compare(model, convsplit.convert(model, rank="full"), torch.randn(4, 8, 3, 3))
+    >>> report = compare(model, convsplit.convert(model, exact=True), torch.randn(4, 8, 3, 3))
     >>> report.agreement, report.drift.relative < 1e-5
     (1.0, True)
     """

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from convsplit.choose.budget import Budget
+from convsplit.choose.options import Menu
 from convsplit.choose.plan import Plan
-from convsplit.tables import Table, count, html_page_part, percent, records_csv, records_pandas, share
+from convsplit.tables import Table, Tabular, count, percent, share
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
-class Frontier:
+class Frontier(Tabular):
     """The whole curve of budget against drift, largest budget first; prints as a table.
 
     `curves` hold the options of every layer, which all budgets share; `notes` name the budgets that cannot be met.
@@ -107,36 +108,14 @@ class Frontier:
             lines.insert(0, f"the knee is at {self.knee.budget!r}: {what} {share(self.knee.moved)}")
         return "\n".join(lines)
 
-    def text(self, width: int | None = None) -> str:
-        """The table and the summary for a terminal of some width."""
-        return f"{self.table().text(width)}\n\n{self.summary()}".rstrip()
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def _repr_html_(self) -> str:
-        return html_page_part("Budget against drift", self.summary(), self.table())
-
     def records(self) -> list[dict[str, Any]]:
         """One dict of plain values per budget."""
         return [_record(point, point is self.knee) for point in self.points]
-
-    def to_csv(self) -> str:
-        """One line per budget, plain numbers."""
-        return records_csv(self.records())
-
-    def to_markdown(self) -> str:
-        """GitHub-flavoured Markdown."""
-        return f"{self.table().markdown()}\n\n{self.summary()}\n"
 
     def to_json(self) -> str:
         """Budgets and the curves of all layers."""
         curves = [asdict(curve) for curve in self.curves]
         return json.dumps({"points": self.records(), "curves": curves, "notes": list(self.notes)}, indent=1)
-
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with one row per budget."""
-        return records_pandas(self.records())
 
     def _row(self, point: FrontierPoint) -> list[str]:
         return [
@@ -144,6 +123,16 @@ class Frontier:
             share(point.largest_error), share(point.drift), percent(point.agreement), count(len(point.plan.split)),
             "* knee" if point is self.knee else "",
         ]  # fmt: skip
+
+
+def curve_of(menu: Menu) -> Curve:
+    """The options of a layer as points."""
+    points = [
+        CurvePoint(option.structure.form, option.structure.components, option.params, option.error)
+        for option in menu.options
+        if option.structure is not None and option.error is not None
+    ]
+    return Curve(menu.site.name, menu.dense.params, tuple(points))
 
 
 def _knee(points: Sequence[FrontierPoint]) -> FrontierPoint | None:

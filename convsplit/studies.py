@@ -1,0 +1,372 @@
+"""A study: what is known of a model before anything is decided. Made once, then asked for plans and conversions.
+
+    model -> trace -> sites -> menus (error curves) -> allocation -> rewriting -> repair
+             '---------------- once ------------'     '------ for every question ------'
+
+The curves of a model do not depend on the budget, so a plan costs an allocation, and a conversion the layers it splits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Generic, TypedDict, TypeVar
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from convsplit.choose.allocation import allocate
+from convsplit.choose.budget import Budget
+from convsplit.choose.options import Menu, Option, check_rank, closest_split, exact_menus, find_menus
+from convsplit.choose.plan import Conditions, Plan, planned_layers
+from convsplit.data.batches import checked_batches
+from convsplit.data.moments import Marginals, measure_marginals
+from convsplit.layers.separable import SeparableConv2d
+from convsplit.measure.speed import PREFERENCES, choose_by_time
+from convsplit.measure.stopwatch import Stopwatch
+from convsplit.model.copies import scratch_copy
+from convsplit.model.graphs import Trace, trace
+from convsplit.model.guards import plain_arithmetic, same_globals
+from convsplit.model.running import Batch, Forward
+from convsplit.model.sites import Site, Skip, find_sites
+from convsplit.progress import ConversionWarning, track
+from convsplit.repair.refitting import refit
+from convsplit.report.curves import Frontier, curve_of
+from convsplit.report.frontier import measured_point
+from convsplit.rewrite import apply_plan
+from convsplit.spec import parameter_count
+from convsplit.structure import forms_named
+from convsplit.tables import Table, Tabular, count
+
+M = TypeVar("M", bound=nn.Module)
+
+HALF = Budget(params=0.5)
+BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
+
+
+class StudyOptions(TypedDict, total=False):
+    """The keyword arguments of `study`, which every function that makes a study takes."""
+
+    calibration: Any
+    forward: Forward | None
+    forms: str | Sequence[str] | None
+    skip: Skip
+    bake: bool
+    seed: int
+    progress: bool | None
+
+
+class ChoiceOptions(TypedDict, total=False):
+    """The keyword arguments of `Study.plan`, which every function that makes a plan takes."""
+
+    budget: Budget | None
+    rank: int | None
+    exact: bool
+    prefer: str
+    stopwatch: Stopwatch | None
+
+
+class Study(Tabular, Generic[M]):
+    """What is known of a model: its convolutions, what can become of each, and what its inputs tell.
+
+    Args:
+        model: any module. It is never changed; while the study is used, neither should anybody else change it.
+        example_inputs: what the model is called with once: a tensor, a tuple of positional arguments or a dict of
+            keyword arguments. They tell the shapes, so MACs are known and no layer gets more of them. By default the
+            first batch of `calibration`.
+        calibration: a few hundred unlabelled inputs, as batches (an iterable, read once, of what `example_inputs` may
+            be): ranks are then chosen by the error of each layer's output, and conversions are repaired by `refit`.
+        forward: how to run a model on a batch or on `example_inputs`, such as `lambda model, batch: model(batch[0])`.
+        forms: which of "dw-pw", "pw-dw" and "pw-dw-pw" to choose from, layer by layer; all by default.
+        skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
+        bake: also split layers whose weight is computed at every call (parametrizations, weight_norm, spectral_norm,
+            pruning masks, timm's StdConv2d), by splitting the weight that runs in eval mode for good.
+        seed: fixes the start of CP; the same seed gives the same result (choices by measured time may differ).
+        progress: show progress bars; by default only on a terminal.
+
+    Raises:
+        TypeError: not a module, or one that cannot be deep-copied.
+        ValueError: an unknown form, example inputs that do not run (names the module and the shapes), a `skip` that
+            matches nothing, calibration data that are empty or not finite.
+
+    >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    >>> known = Study(model)
+    >>> half, quarter = known.plan(Budget(params=0.5)), known.plan(Budget(params=0.25))
+    >>> half.totals()["params_after"] > quarter.totals()["params_after"]
+    True
+    """
+
+    def __init__(
+        self,
+        model: M,
+        example_inputs: Batch = None,
+        *,
+        calibration: Any = None,
+        forward: Forward | None = None,
+        forms: str | Sequence[str] | None = None,
+        skip: Skip = (),
+        bake: bool = False,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; want a torch.nn.Module, such as resnet18()")
+        self.model, self.forward, self.forms, self.skip, self.bake = model, forward, forms, skip, bake
+        self.seed, self.progress = seed, progress
+        forms_named(forms)  # an unknown one is refused before anything long begins
+        self.batches = None if calibration is None else checked_batches(calibration)
+        if example_inputs is None and self.batches:
+            example_inputs = self.batches[0]
+        self.example_inputs = example_inputs
+        self.trace: Trace = trace(model, example_inputs, forward)
+        self.sites: list[Site] = find_sites(model, self.trace, skip=skip, bake=bake)
+        self.stopwatch = Stopwatch()
+        self._versions = _versions(model)
+
+    @cached_property
+    def menus(self) -> list[Menu]:
+        """The options of every layer that can be split, over a grid of ranks, with their errors."""
+        self._check_unchanged()
+        with same_globals(), plain_arithmetic():
+            return find_menus(
+                self.sites, forms=forms_named(self.forms), marginals=self.marginals, seed=self.seed,
+                progress=self.progress,
+            )  # fmt: skip
+
+    @cached_property
+    def marginals(self) -> dict[str, Marginals] | None:
+        """The metric of the inputs of every layer that can be split; None without calibration data."""
+        if self.batches is None:
+            return None
+        convs = {site.name: site.original.conv for site in self.sites if site.splittable and site.original}
+        with same_globals(), plain_arithmetic():
+            return measure_marginals(scratch_copy(self.model), convs, self.batches, self.forward)
+
+    def plan(
+        self,
+        budget: Budget | None = None,
+        *,
+        rank: int | None = None,
+        exact: bool = False,
+        prefer: str = "accuracy",
+        stopwatch: Stopwatch | None = None,
+    ) -> Plan:
+        """Decide what becomes of every convolution, without converting anything.
+
+        Args:
+            budget: what may be kept; half the parameters of the splittable convolutions by default.
+            rank: instead, the same rank for every layer: the depth multiplier of dw-pw and pw-dw (those two are chosen
+                from unless `forms` says otherwise) or, with `forms="pw-dw-pw"`, the CP rank.
+            exact: instead, an exact rewriting of every layer, whatever that costs.
+            prefer: "speed" keeps every layer dense for which no option is measured faster on this machine, at the
+                shapes of the example inputs; "accuracy" goes by the budget alone.
+            stopwatch: how long to measure, and whether inference or training, for budgets of latency and
+                `prefer="speed"`; the study's own by default. What one has measured it remembers.
+
+        Raises:
+            ValueError: a budget that cannot be met (names the smallest that can), more than one of `budget`, `rank`
+                and `exact`, a bad rank, or no example inputs where they are needed.
+        """
+        self._check_unchanged()
+        asked = [text for text, given in (("budget=", budget), ("rank=", rank), ("exact=", exact or None))
+                 if given is not None]  # fmt: skip
+        if len(asked) > 1:
+            raise ValueError(f"give one of budget=, rank= and exact=, not {' and '.join(asked)}")
+        check_rank(rank)
+        budget = budget if asked else HALF
+        if not self.sites:
+            warnings.warn(_nothing_found(self.model), ConversionWarning, stacklevel=3)
+        timed = prefer == "speed" or (budget is not None and budget.kind == "latency")
+        _check_preference(prefer, timed, budget, self.example_inputs)
+        with same_globals(), plain_arithmetic():
+            menus = self._menus(rank, exact)
+            if timed:
+                return self._timed_plan(menus, budget, prefer, stopwatch or self.stopwatch)
+            return self._plan(menus, self._choose(menus, budget), budget)
+
+    def convert(self, budget: Budget | None = None, **choice: Any) -> M:
+        """Plan, rewrite and, where there are calibration data, repair. Arguments as for `plan`.
+
+        Returns:
+            a deep copy of the model's own class, split layers under their old names.
+
+        >>> known = Study(nn.Sequential(nn.Conv2d(8, 16, 3)))
+        >>> type(known.convert(rank=2)[0]).__name__
+        'SeparableConv2d'
+        """
+        return self.apply(self.plan(budget, **choice))
+
+    def apply(self, plan: Plan) -> M:
+        """Convert as a plan says, perhaps an edited one, and repair where there are calibration data."""
+        self._check_unchanged()
+        converted = apply_plan(self.model, plan, progress=self.progress)
+        if self.batches is not None and any(layer.option is None or layer.option.error != 0 for layer in plan.split):
+            refit(converted, self.model, self.batches, forward=self.forward, seed=self.seed, progress=self.progress)
+        return converted
+
+    def frontier(
+        self, batches: Any = None, *, budgets: Sequence[Budget | float] = BUDGETS, kind: str = "params"
+    ) -> Frontier:
+        """Plan at many budgets and, given some batches, measure the drift of each conversion on them.
+
+        Args:
+            batches: as for `compare`; without them only predicted errors are given.
+            budgets: `Budget` objects, or fractions of `kind`.
+            kind: what plain fractions are fractions of: "params", "macs" or "error".
+
+        Budgets that cannot be met are left out and named in the notes.
+
+        Raises:
+            ValueError: no budgets, or none that can be met.
+        """
+        wanted = [each if isinstance(each, Budget) else Budget.of_kind(kind, each) for each in budgets]
+        plans, notes = self._plans_and_notes(sorted(wanted, key=lambda budget: -budget.fraction))
+        if not plans:
+            raise ValueError("; ".join(notes) or "budgets is empty: give at least one")
+        data = None if batches is None else checked_batches(batches)
+        points = []
+        for plan in track(plans, "Budgets", progress=self.progress):
+            converted = None if data is None else self.apply(plan)
+            points.append(measured_point(plan, converted, self.model, data, self.forward))
+        return Frontier(tuple(points), tuple(curve_of(menu) for menu in self.menus), tuple(notes))
+
+    def _plans_and_notes(self, budgets: Iterable[Budget]) -> tuple[list[Plan], list[str]]:
+        """A plan for each budget that can be met, and what is to be said about the others."""
+        plans, notes = [], []
+        for budget in budgets:
+            try:
+                plans.append(self.plan(budget))
+            except ValueError as error:  # noqa: PERF203 - of a handful of budgets
+                notes.append(str(error))
+        return plans, notes
+
+    def of_copy(self, model: nn.Module, example_inputs: Batch) -> Study[nn.Module]:
+        """What this study knows, of a copy of the model that sees inputs of other shapes or layouts."""
+        other: Study[nn.Module] = Study(
+            model, example_inputs, forward=self.forward, forms=self.forms, skip=self.skip, bake=self.bake,
+            seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+        by_name = {site.name: site for site in other.sites}
+        other.menus = [menu.at(by_name[menu.site.name]) for menu in self.menus]
+        return other
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model."""
+        return parameter_count(self.model)
+
+    @property
+    def macs(self) -> int | None:
+        """MACs of the whole model; None without example inputs."""
+        return self.trace.macs
+
+    @property
+    def title(self) -> str:
+        """The model's class."""
+        return type(self.model).__name__
+
+    def table(self) -> Table:
+        """One row per convolution."""
+        headings = ["layer", "kernel", "params", "MACs", "places", "followed by", "left alone because"]
+        text = frozenset({"layer", "kernel", "followed by", "left alone because"})
+        return Table(headings, [_cells(record) for record in self.records()], text)
+
+    def summary(self) -> str:
+        """How much of the model can be split."""
+        split = [site.spec for site in self.sites if site.splittable and site.spec]
+        weights = sum(spec.weight_params for spec in split)
+        return (
+            f"{len(split)} of {len(self.sites)} convolutions can be split; they hold {count(weights)} of "
+            f"{count(self.params)} parameters"
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dict of plain values per convolution."""
+        return [_record(site) for site in self.sites]
+
+    def __repr__(self) -> str:
+        return f"Study({self.title}: {self.summary()})"
+
+    def _menus(self, rank: int | None, exact: bool) -> list[Menu]:
+        if exact:
+            return exact_menus(self.sites, forms_named(self.forms))
+        if rank is None:
+            return self.menus
+        forms = forms_named(self.forms, of_one_rank=True)
+        return find_menus(
+            self.sites, forms=forms, rank=rank, marginals=self.marginals, seed=self.seed, progress=self.progress
+        )
+
+    def _choose(self, menus: Sequence[Menu], budget: Budget | None) -> list[Option]:
+        if budget is None:
+            return [closest_split(menu) for menu in menus]
+        return allocate(menus, budget, model_params=self.params, model_macs=self.macs)
+
+    def _timed_plan(self, menus: Sequence[Menu], budget: Budget | None, prefer: str, stopwatch: Stopwatch) -> Plan:
+        found = choose_by_time(
+            self.model, self.example_inputs, menus, budget, prefer=prefer, stopwatch=stopwatch,
+            model_params=self.params, model_macs=self.macs, forward=self.forward, progress=self.progress,
+        )  # fmt: skip
+        return self._plan(found.menus, found.chosen, budget, found.model_milliseconds, found.conditions)
+
+    def _plan(
+        self,
+        menus: Sequence[Menu],
+        chosen: Sequence[Option],
+        budget: Budget | None,
+        model_milliseconds: tuple[float, float] | None = None,
+        conditions: Conditions | None = None,
+    ) -> Plan:
+        layers = planned_layers(self.sites, menus, chosen, observed=self.trace.calls is not None)
+        return Plan(layers, self.params, self.macs, budget, self.seed, model_milliseconds, conditions)
+
+    def _check_unchanged(self) -> None:
+        if _versions(self.model) != self._versions:
+            raise ValueError(
+                f"the weights of {self.title} have changed since it was studied (trained, or loaded anew): make a "
+                "new study"
+            )
+
+
+def _versions(model: nn.Module) -> dict[int, int]:
+    """How often each parameter was written to, as far as torch counts it."""
+    counted = (p for p in model.parameters() if not isinstance(p, UninitializedParameter) and not p.is_inference())
+    return {id(p): p._version for p in counted}
+
+
+def _check_preference(prefer: str, timed: bool, budget: Budget | None, example_inputs: Batch) -> None:
+    if prefer not in PREFERENCES:
+        raise ValueError(f"prefer={prefer!r}; want one of {', '.join(map(repr, PREFERENCES))}")
+    if timed and example_inputs is None:
+        asked = f'prefer="{prefer}"' if prefer == "speed" else repr(budget)
+        raise ValueError(f"{asked} measures layers at the shapes they see: pass example_inputs")
+
+
+def _nothing_found(model: nn.Module) -> str:
+    if any(isinstance(module, SeparableConv2d) for module in model.modules()):
+        return f"all convolutions of {type(model).__name__} are split already: the result is a plain copy"
+    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)})
+    text = f"no Conv2d found in {type(model).__name__}: the result is a plain copy"
+    return f"{text} (there are {', '.join(others)}, which convsplit leaves alone)" if others else text
+
+
+def _record(site: Site) -> dict[str, Any]:
+    spec = site.spec
+    macs = sum(use.images * spec.macs(use.output_hw) for use in site.calls) if spec and site.calls else None
+    return {
+        "layer": site.name,
+        "kernel": "x".join(map(str, spec.weight_shape)) if spec else "",
+        "params": spec.params if spec else None,
+        "macs": macs,
+        "places": site.places,
+        "followed_by": site.followed_by,
+        "reason": site.reason,
+    }
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    return [
+        record["layer"], record["kernel"], count(record["params"]), count(record["macs"]), count(record["places"]),
+        record["followed_by"], record["reason"],
+    ]  # fmt: skip
