@@ -1,12 +1,16 @@
 """The data and the network that the examples share: scikit-learn's digits and a small residual network."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+TRAINED = Path(__file__).with_name("digits.safetensors")
 
 
 class Block(nn.Module):
@@ -39,6 +43,19 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     split = train_test_split(images, torch.tensor(data.target), test_size=500, random_state=0, stratify=data.target)
     train_x, test_x, train_y, test_y = split
     return train_x, train_y, test_x, test_y
+
+
+def trained() -> nn.Module:
+    """The network of digits.safetensors, which train_digits.py makes."""
+    model = small_resnet(seed=0)
+    model.load_state_dict(load_file(TRAINED))
+    return model.eval()
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of the images that are told right."""
+    with torch.inference_mode():
+        return (model.eval()(images).argmax(1) == labels).float().mean().item()
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> Iterator[float]:
