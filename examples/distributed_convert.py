@@ -9,22 +9,10 @@ one process would have found on all images, up to rounding.
 import argparse
 
 import torch
-from digits import digits, small_resnet, train
-from torch import Tensor, distributed, nn
+from digits import digits, trained
+from torch import distributed, nn
 
 import convsplit
-
-
-def trained() -> tuple[nn.Module, Tensor]:
-    """A network, the same in every process, and unlabelled images."""
-    images, labels, _, _ = digits()
-    model = small_resnet(seed=0)
-    for _ in train(model, images, labels, epochs=2):
-        pass
-    # Training in several processes may round differently; converting starts from exactly the same weights.
-    for value in model.state_dict().values():
-        distributed.broadcast(value, 0)
-    return model.eval(), images
 
 
 def largest_difference(model: nn.Module) -> float:
@@ -45,7 +33,7 @@ def main() -> None:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
     torch.set_num_threads(1)
-    model, images = trained()
+    model, images = trained(), digits()[0]
 
     own = list(images[rank::world][: 512 // world].split(64))
     converted = convsplit.convert(

@@ -1,6 +1,6 @@
 """Split the convolutions of a small residual network for handwritten digits, and see what it cost.
 
-    python examples/quickstart.py            # some seconds
+    python examples/quickstart.py            # about 20 seconds on two cores
     python examples/quickstart.py --train    # train the network first: half a minute more on two cores
 
 The network comes trained (digits.safetensors, by train_digits.py), the digits with scikit-learn: 1,797 images of
