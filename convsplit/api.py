@@ -208,7 +208,7 @@ def bench(
         here, stopwatch = known.of_copy(case.model, case.inputs), Stopwatch(seconds=seconds)
         for budget in budgets:
             try:
-                plan = here.plan(budget, prefer=prefer, stopwatch=stopwatch)
+                plan = here.timed_plan(budget, prefer=prefer, stopwatch=stopwatch)
             except ValueError as error:
                 notes.append(f"{case}: {error}")
                 continue

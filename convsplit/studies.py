@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -39,6 +39,9 @@ from convsplit.spec import parameter_count
 from convsplit.structure import forms_named
 from convsplit.tables import Table, Tabular, count
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 M = TypeVar("M", bound=nn.Module)
 
 HALF = Budget(params=0.5)
@@ -58,9 +61,8 @@ class StudyOptions(TypedDict, total=False):
 
 
 class ChoiceOptions(TypedDict, total=False):
-    """The keyword arguments of `Study.plan`, which every function that makes a plan takes."""
+    """The keyword arguments of `Study.plan` but for the budget."""
 
-    budget: Budget | None
     rank: int | None
     exact: bool
     prefer: str
@@ -182,10 +184,16 @@ class Study(Tabular, Generic[M]):
         with same_globals(), plain_arithmetic():
             menus = self._menus(rank, exact)
             if timed:
-                return self._timed_plan(menus, budget, prefer, stopwatch or self.stopwatch)
+                return self._timed(menus, budget, prefer, stopwatch or self.stopwatch)
             return self._plan(menus, self._choose(menus, budget), budget)
 
-    def convert(self, budget: Budget | None = None, **choice: Any) -> M:
+    def timed_plan(self, budget: Budget, *, prefer: str = "accuracy", stopwatch: Stopwatch | None = None) -> Plan:
+        """The plan for a budget of any kind, with the milliseconds that everything in it takes."""
+        _check_preference(prefer, True, budget, self.example_inputs)
+        with same_globals(), plain_arithmetic():
+            return self._timed(self.menus, budget, prefer, stopwatch or self.stopwatch)
+
+    def convert(self, budget: Budget | None = None, **choice: Unpack[ChoiceOptions]) -> M:
         """Plan, rewrite and, where there are calibration data, repair. Arguments as for `plan`.
 
         Returns:
@@ -303,7 +311,7 @@ class Study(Tabular, Generic[M]):
             return [closest_split(menu) for menu in menus]
         return allocate(menus, budget, model_params=self.params, model_macs=self.macs)
 
-    def _timed_plan(self, menus: Sequence[Menu], budget: Budget | None, prefer: str, stopwatch: Stopwatch) -> Plan:
+    def _timed(self, menus: Sequence[Menu], budget: Budget | None, prefer: str, stopwatch: Stopwatch) -> Plan:
         found = choose_by_time(
             self.model, self.example_inputs, menus, budget, prefer=prefer, stopwatch=stopwatch,
             model_params=self.params, model_macs=self.macs, forward=self.forward, progress=self.progress,
