@@ -2,8 +2,8 @@
 
 The objective is the sum over layers of the 4th power of the relative error. A signal that one layer destroys no later
 layer brings back, so the worst layers count most; on trained networks the 4th power keeps more accuracy than the
-squares and than powers closer to the minimax (benchmarks/results/accuracy.md). The choice is solved exactly
-(knapsack.py).
+squares and than powers closer to the minimax (benchmarks/results/accuracy.md). The choice is the best to
+a millionth of that sum, or as near to it as knapsack.py says.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def allocate(
         raise ValueError(f"{budget!r} cannot be met: the smallest that can is {budget.kind}={smallest:.4f}")
     costs = [[cost(option) for option in options] for options in choices]
     losses = [[_error(option) ** POWER for option in options] for options in choices]
-    return [options[taken] for options, taken in zip(choices, best_choice(costs, losses, allowed), strict=True)]
+    taken = best_choice(costs, losses, allowed).items
+    return [options[item] for options, item in zip(choices, taken, strict=True)]
 
 
 def _cheapest_within(menu: Menu, error: float) -> Option:
