@@ -1,0 +1,40 @@
+"""The calls of the library that these checks make, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import convsplit
+from convsplit import Plan
+from convsplit.trace import call, tensors_in
+
+QUICK = ("dw-pw", "pw-dw")  # forms whose fits take no iterations
+
+
+def exact_plan(model: nn.Module, inputs: Any) -> Plan:
+    return convsplit.make_plan(model, inputs, rank="full")
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    return convsplit.apply_plan(model, plan)
+
+
+def convert(model: nn.Module, inputs: Any, calibration: Any = None) -> nn.Module:
+    return convsplit.convert(model, inputs, rank=1, forms=QUICK, calibration=calibration, progress=False)
+
+
+def refit(converted: nn.Module, original: nn.Module, batches: Any) -> None:
+    convsplit.refit(converted, original, batches, progress=False)
+
+
+def distill(converted: nn.Module, teacher: nn.Module, batches: Any) -> None:
+    convsplit.distill(converted, teacher, batches, epochs=2, progress=False)
+
+
+def run(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """The tensors of a model's answer."""
+    with torch.no_grad():
+        return list(tensors_in(call(model, inputs)))
