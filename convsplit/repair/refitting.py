@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,8 +141,21 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
             bias = best_bias(fit.kernel, centred)
     after = samples.error(fit.kernel, bias)
     if after < before:
-        fit.store(bias)
+        with _whole(fit.layer):
+            fit.store(bias)
     return Repaired(name, before, min(before, after))
+
+
+@contextmanager
+def _whole(layer: nn.Module) -> Iterator[None]:
+    """What is written to a layer inside is written whole: an error or an interruption half-way takes it back."""
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        for name, value in layer.state_dict().items():
+            value.copy_(before.get(name, torch.zeros_like(value)))  # a bias that was added is none yet
+        raise
 
 
 def _metric(layer: nn.Module, F: Tensor | None, tail: Tail) -> Tensor | None:
