@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,27 +50,47 @@ class Counter:
     at: int = 0  # 0 never raises
     calls: int = 0
     raised: bool = False
+    writes: list[int] = field(default_factory=list)  # the calls made while something is written into a model
     lock: Any = field(default_factory=threading.Lock)
 
     def count(self) -> None:
         with self.lock:
             self.calls += 1
+            if not self.at and _called_by("store"):
+                self.writes.append(self.calls)
             reached = 0 < self.at <= self.calls and not self.raised and not _restoring()
             self.raised = self.raised or reached
         if reached:
             raise (Fault if self.at % 2 else Interruption)(f"at call {self.at}")
 
 
-def _restoring() -> bool:
-    """Whether the code that runs is in a `finally` block of the library, or of torch's `fork_rng`."""
+def _frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        code = frame.f_code
-        if "convsplit" in Path(code.co_filename).parts or code.co_name == "fork_rng":
-            if any(frame.f_lineno in lines for lines in _final_lines(code.co_filename)):
-                return True
+        yield frame
         frame = frame.f_back
+
+
+def _called_by(name: str) -> bool:
+    """Whether a function of that name, of the library's, is under way."""
+    return any(f.f_code.co_name == name and _is_ours(f) for f in _frames())
+
+
+def _restoring() -> bool:
+    """Whether a context is being left: by `__exit__`, or in a `finally` block of the library or of `fork_rng`."""
+    for frame in _frames():
+        name = frame.f_code.co_name
+        if name == "__exit__":
+            return True
+        if (_is_ours(frame) or name == "fork_rng") and any(
+            frame.f_lineno in lines for lines in _final_lines(frame.f_code.co_filename)
+        ):
+            return True
     return False
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] == "convsplit"
 
 
 @functools.cache
@@ -227,11 +247,15 @@ STEPS = ("convert", "refit", "distill", "save")
 
 
 def positions(bench: Bench, step: str, count: int) -> list[int]:
-    """Numbers of calls spread evenly over all that a step makes; odd and even ones, both ends among them."""
+    """Numbers of calls: evenly over all that a step makes, the ends among them, and as many where it writes."""
     counter = Counter()
     getattr(bench, step)(counter)
-    spread = {1 + round(index * (counter.calls - 1) / max(count - 1, 1)) for index in range(count)}
-    return sorted(spread)
+    return sorted({*_spread(range(1, counter.calls + 1), count), *_spread(counter.writes, count)})
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    last = len(numbers) - 1
+    return [numbers[round(index * last / max(count - 1, 1))] for index in range(count)] if numbers else []
 
 
 def _settings() -> tuple[Any, ...]:
@@ -253,7 +277,10 @@ def _inside_split(model: nn.Module, name: str) -> bool:
 
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    """Whether two layers hold the same; a bias of zeros is as good as none."""
+    names = first.keys() | second.keys()
+    pairs = [(first.get(name, torch.zeros(())), second.get(name, torch.zeros(()))) for name in names]
+    return all(bool((a == b).all()) for a, b in pairs)
 
 
 def _loss(model: nn.Module, batch: Tensor, wanted: Tensor) -> float:
