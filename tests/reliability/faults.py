@@ -1,9 +1,9 @@
 """Faults injected into conversions: an exception from the N-th call of torch, for N over the whole range.
 
 Every call of torch from Python counts, in whatever Python thread it is made: new threads get the counter with them.
-What runs inside torch, in C++, is not reached, and calls that put things back, in a `finally` block, are spared (the
-fault then comes with the next call): nothing could put back what they did not. For `save`, the calls to the operating system count as well. Faults are
-in turn an error such as torch raises and an interruption such as Ctrl-C.
+What runs inside torch, in C++, is not reached, and calls that put things back, in a `finally` block or an `__exit__`,
+are spared (the fault then comes with the next call): nothing could put back what they did not. For `save`, the calls to
+the operating system count as well. Faults are in turn an error such as torch raises and an interruption such as Ctrl-C.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Bench:
         return came
 
     def distill(self, counter: Counter) -> bool:
-        """Besides: the converted model has its modes, flags and hooks, finite weights, and is no worse for its fault."""
+        """Besides: the converted model has its modes, flags and hooks, finite weights, and is no worse for it."""
         converted = copy.deepcopy(self.converted)
         before = snapshot(converted, values=False)
         came = self.guarded(counter, lambda: public.distill(converted, self.model, self.batches))

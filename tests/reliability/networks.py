@@ -99,8 +99,9 @@ class Network(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
         features = self.body(x if y is None else x + y)
         logits = self.head(features.mean((2, 3)))
-        answers = {"logits": logits, "tensor": features, "tuple": (features, [logits]), "dict": {"x": features, "y": logits}}
-        return answers[self.output]
+        if self.output == "dict":
+            return {"features": features, "logits": logits}
+        return {"logits": logits, "tensor": features, "tuple": (features, [logits])}[self.output]
 
 
 @dataclass
