@@ -90,9 +90,9 @@ def _networks(count: int) -> Iterator[str]:
     yield "## Random networks"
     yield (
         f"{count} networks with {split} split layers, {seconds:.0f} s: **{tally}**. For each: an exact conversion "
-        "answers as the original, the same after merging; what is saved and loaded has equal tensors and answers bit by "
-        "bit; the plan goes to JSON and back; the original is untouched (tensors, gradients, attributes, modes, hooks), "
-        "and so is the random state."
+        "answers as the original, the same after merging; what is saved and loaded has equal tensors and answers bit "
+        "by bit; the plan goes to JSON and back; the original is untouched (tensors, gradients, attributes, modes, "
+        "hooks), and so is the random state."
     )
     names = {str(dtype).removeprefix("torch."): allowed for dtype, allowed in networks.TOLERANCES.items()}
     rows = [[name, str(dtypes[name]), f"{allowed:g}"] for name, allowed in names.items()]
@@ -133,8 +133,8 @@ def _faults(count: int) -> Iterator[str]:
         f"{tried} faults, in turns an error of torch and an interruption, from calls of torch spread evenly over each "
         "function and over what it writes (for `save` calls of the operating system too). After each: the original and "
         "torch's settings as before, no thread left; every layer repaired whole or not at all; a distilled model with "
-        "its flags and modes, no farther from its teacher than before; the old file or the new one, whole, and no other. "
-        "Where a fault does not come out, the library went on another way, or only had to put things back."
+        "its flags and modes, no farther from its teacher than before; the old file or the new one, whole, and no "
+        "other. Where a fault does not come out, the library went on another way, or only had to put things back."
     )
     headings = ["function", "calls of torch", "places tried", "came out", "result", "s"]
     yield Table(headings, rows, frozenset({"function", "result"})).markdown()

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import convsplit
 from convsplit import Plan
-from convsplit.trace import call, tensors_in
 
 QUICK = ("dw-pw", "pw-dw")  # forms whose fits take no iterations
 
@@ -36,5 +36,6 @@ def distill(converted: nn.Module, teacher: nn.Module, batches: Any) -> None:
 
 def run(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
     """The tensors of a model's answer."""
+    arguments = inputs if isinstance(inputs, tuple | dict) else (inputs,)
     with torch.no_grad():
-        return list(tensors_in(call(model, inputs)))
+        return tree_leaves(model(**arguments) if isinstance(arguments, dict) else model(*arguments))
