@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from convsplit import knapsack
+from convsplit.choose import knapsack
 from convsplit.choose.knapsack import GAP, best_choice
 
 Classes = list[np.ndarray]
