@@ -95,7 +95,7 @@ def trained(arguments: argparse.Namespace) -> Table:
             svd = []
             for form in (FORMS["dw-pw"], FORMS["pw-dw"]):
                 components = params // form.params(spec, 1)
-                svd.append(form.errors(kernel[None], [components])[0] if components else 1.0)
+                svd.append(form.curve(kernel[None], [components]).errors[0] if components else 1.0)
             slow, theirs = timed(lambda: parafac_error(kernel, rank, starts=STARTS, iterations=ITERATIONS))  # noqa: B023
             fast, ours = timed(lambda: cp(kernel[None], rank).error)  # noqa: B023
             rows.append(
@@ -115,7 +115,7 @@ def curve(arguments: argparse.Namespace) -> Table:
         kernel = conv.weight.detach().flatten(2)[None]
         ranks = [rank_of(ConvSpec.of(conv), kept) for kept in KEPT]
         start = time.perf_counter()
-        predicted = cp_curve(kernel, ranks)
+        predicted = cp_curve(kernel, ranks).errors
         seconds = time.perf_counter() - start
         off = [p / cp(kernel, rank).error - 1 for p, rank in zip(predicted, ranks, strict=True)]
         shape = "x".join(map(str, conv.weight.shape))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from convsplit.lowrank.als import RIDGE, Alternation
 from convsplit.lowrank.factors import CP, Factors, affordable, balanced, each, norms, reconstruct
 from convsplit.lowrank.starts import exact_factors, resized, starting_points
 
-FLOAT64_WORK = 5e6  # G * O * I * K * R up to which float64 costs next to nothing
-FIT_FLOPS = 2e10  # what one fit may cost, unless that is less than MIN_SWEEPS
-MIN_SWEEPS, MAX_SWEEPS = 5, 300
+FLOAT64_WORK = 1e5  # O * I * K * R up to which float64 costs next to nothing
+FLOAT64_LOSS = 1e-4  # squared relative error below which float32 no longer tells one sweep from the next
+FIT_FLOPS = 8e9  # what one fit may cost, unless that is less than MIN_SWEEPS
+MIN_SWEEPS, MAX_SWEEPS = 3, 300
 TINY_FLOPS = 4e6  # per sweep; kernels below it try several starts, up to
 MAX_STARTS = 8
+TOLERANCE = 5e-5
 
 
 def cp(
@@ -24,83 +30,131 @@ def cp(
     *,
     start: CP | None = None,
     iterations: int | None = None,
-    tolerance: float = 5e-5,
+    tolerance: float = TOLERANCE,
     seed: int = 0,
-    output_scale: Tensor | None = None,
     ridge: float = RIDGE,
 ) -> CP:
     """Fit `rank` components to weight[G,O,I,K].
 
     start: a fit of any rank to continue from; it is grown from its residual or cut to its largest components. Without
-        one, the best SVD form; tiny kernels try several starts.
+        one, the best SVD form; tiny kernels try several starts beside it, unless `iterations` cuts the fit short.
     iterations: most sweeps; by default what a fixed number of flops buys: small kernels converge, large ones end early.
     tolerance: stop when a sweep lowers the error by less than this fraction of it.
-    output_scale: weights [G,O] of the output channels in the error, for example batch norm's |gamma| / sigma.
 
     >>> fit = cp(torch.ones(1, 4, 3, 9), rank=1)
     >>> fit.A.shape, fit.error < 1e-6
     (torch.Size([1, 4, 1]), True)
     """
-    if rank < 1:
-        raise ValueError(f"a CP decomposition needs a rank of at least 1, got {rank}")
-    exact = exact_factors(weight, rank)
-    if exact is not None:
-        return CP(*balanced(exact), error=0.0)
-    metric = _Metric.of(weight, rank, output_scale)
-    work = metric.apply(weight)
-    if start is None:
-        starts = starting_points(work, rank, seed, affordable(work.shape, rank, TINY_FLOPS, 1, MAX_STARTS))
-    else:
-        starts = [resized(work, metric.apply_to(start), rank, seed)]
-    sweeps = iterations or affordable(work.shape, rank, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS)
-    fit = Alternation(work.repeat(len(starts), 1, 1, 1), each(lambda *parts: torch.cat(parts), *starts), ridge)
-    history = fit.run(sweeps, tolerance)
-    factors, loss = _best_of(fit, len(starts))
-    return metric.undo(factors, _refined(work, factors, loss), weight.dtype, history)
+    (fit,) = cp_each([weight], [rank], starts=[start], iterations=iterations, tolerance=tolerance, seed=seed,
+                     ridge=ridge)  # fmt: skip
+    return fit
 
 
-def _best_of(fit: Alternation, starts: int) -> tuple[Factors, Tensor]:
-    """The factors of the best start of every group, and their losses [G]."""
-    losses = fit.losses.view(starts, -1)
-    loss, winner = losses.min(0)
-    groups = torch.arange(len(winner), device=winner.device)
-    return each(lambda factor: factor.reshape(starts, len(groups), *factor.shape[1:])[winner, groups], fit.best), loss
+def cp_each(
+    weights: Sequence[Tensor],
+    ranks: Sequence[int],
+    *,
+    starts: Sequence[CP | None] | None = None,
+    iterations: int | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    ridge: float = RIDGE,
+) -> list[CP]:
+    """`cp` of several weights of one shape and dtype, swept together: small ones cost a fraction of single fits.
+
+    Components of lower ranks are filled up with zeros, which an alternating fit keeps at zero: ranks should be close.
+
+    >>> [fit.rank for fit in cp_each([torch.ones(1, 4, 3, 9), torch.rand(1, 4, 3, 9)], [1, 2])]
+    [1, 2]
+    """
+    if min(ranks, default=1) < 1:
+        raise ValueError(f"a CP decomposition needs a rank of at least 1, got {min(ranks)}")
+    exact = [exact_factors(weight, rank) for weight, rank in zip(weights, ranks, strict=True)]
+    fits = [None if factors is None else CP(*balanced(factors), error=0.0) for factors in exact]
+    open_ = [index for index, fit in enumerate(fits) if fit is None]
+    if open_:
+        most = max(ranks[index] for index in open_)
+        shape = weights[open_[0]].shape
+        sweeps = iterations or affordable(shape, most, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS)
+        # A short fit from another one, as curves are made of, needs no second opinion.
+        count = 1 if iterations and starts else affordable(shape, most, TINY_FLOPS, 1, MAX_STARTS)
+        dtype = torch.float64 if math.prod(shape[1:]) * most <= FLOAT64_WORK else torch.float32
+
+        def fitted(which: list[int], dtype: torch.dtype, starts: Sequence[CP | None]) -> None:
+            problems = [
+                _Problem.of(weights[index], ranks[index], starts[index], count, seed, dtype) for index in which
+            ]
+            for index, fit in zip(which, _solved(problems, sweeps, tolerance, ridge), strict=True):
+                before = fits[index]
+                fits[index] = fit if before is None or fit.error < before.error else before
+
+        fitted(open_, dtype, starts or [None] * len(weights))
+        blurred = [index for index in open_ if cast(CP, fits[index]).error ** 2 < FLOAT64_LOSS]
+        if blurred and dtype == torch.float32 and iterations is None:
+            fitted(blurred, torch.float64, fits)
+    return cast(list[CP], fits)
 
 
 @dataclass(frozen=True)
-class _Metric:
-    """The problem solved: diag(scale) W / norm, so that every group weighs the same in stopping and conditioning."""
+class _Problem:
+    """What is fitted: W / norm, so that every group weighs the same in stopping and conditioning; and its starts."""
 
-    scale: Tensor  # [G,O,1]
+    weight: Tensor  # [G,O,I,K]
     norm: Tensor  # [G,1,1]
+    work: Tensor
+    rank: int
+    starts: list[Factors]
 
     @classmethod
-    def of(cls, weight: Tensor, rank: int, output_scale: Tensor | None) -> _Metric:
-        work = weight.detach().to(torch.float64 if weight.numel() * rank <= FLOAT64_WORK else torch.float32)
-        scale = work.new_ones(*work.shape[:2], 1)
-        if output_scale is not None:  # floored: a channel of weight zero would come back as 0 / 0
-            scale = output_scale.detach().abs().to(work)[..., None]
-            scale = scale.clamp_min(1e-3 * scale.max().item() or 1.0)
-        norm = (work * scale[..., None]).flatten(1).norm(dim=1)
-        return cls(scale, torch.where(norm > 0, norm, 1)[:, None, None])
+    def of(
+        cls, weight: Tensor, rank: int, start: CP | None, count: int, seed: int, dtype: torch.dtype
+    ) -> _Problem:
+        """`count` starts, the first from a fit if one is given."""
+        work = weight.detach().to(dtype)
+        norm = work.flatten(1).norm(dim=1)
+        norm = torch.where(norm > 0, norm, 1)[:, None, None]
+        work = work / norm[..., None]
+        if start is None:
+            return cls(weight, norm, work, rank, starting_points(work, rank, seed, count))
+        known = start.A.to(norm) / norm, start.B.to(norm), start.C.to(norm)
+        fresh = starting_points(work, rank, seed, count - 1)
+        return cls(weight, norm, work, rank, [resized(work, known, rank, seed), *fresh])
 
-    def apply(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self.scale) * (self.scale / self.norm)[..., None]
-
-    def apply_to(self, start: CP) -> Factors:
-        return start.A.to(self.scale) * self.scale / self.norm, start.B.to(self.scale), start.C.to(self.scale)
-
-    def undo(self, factors: Factors, loss: Tensor, dtype: torch.dtype, history: tuple[float, ...]) -> CP:
+    def solution(self, rows: Factors, losses: Tensor, history: Tensor) -> CP:
+        """The best of the starts, of each group. losses [starts, G], history [starts, G, sweeps]."""
+        loss, winner = losses.min(0)
+        groups = torch.arange(len(winner), device=winner.device)
+        A, B, C = each(lambda factor: factor[winner, groups, :, : self.rank], rows)
+        loss = self._refined((A, B, C), loss)
         weights = self.norm.flatten().double().square()
         error = ((weights * loss).sum() / weights.sum()).sqrt().item()
-        A, B, C = factors
-        stored = dtype if dtype.itemsize >= 4 else torch.float32
-        A, B, C = each(lambda factor: factor.to(stored), balanced((A * self.norm / self.scale, B, C)))
-        return CP(A, B, C, error=error, peak=norms(factors).max().item(), history=history)
+        stored = self.weight.dtype if self.weight.dtype.itemsize >= 4 else torch.float32
+        peak = norms((A, B, C)).max().item()
+        A, B, C = each(lambda factor: factor.to(stored), balanced((A * self.norm, B, C)))
+        return CP(A, B, C, error=error, peak=peak, history=tuple(history[winner, groups].mean(0).tolist()))
+
+    def _refined(self, factors: Factors, loss: Tensor) -> Tensor:
+        """Losses [G], by subtraction where |W|^2 - <W, X> has cancelled too many digits."""
+        if loss.max() > (1e-3 if self.work.dtype == torch.float32 else 1e-9):
+            return loss
+        return (self.work - reconstruct(factors)).flatten(1).double().square().sum(1)
 
 
-def _refined(work: Tensor, factors: Factors, loss: Tensor) -> Tensor:
-    """Losses [G], by subtraction where |W|^2 - <W, X> has cancelled too many digits."""
-    if loss.max() > 1e-3 if work.dtype == torch.float32 else loss.max() > 1e-9:
-        return loss
-    return (work - reconstruct(factors)).flatten(1).double().square().sum(1)
+def _solved(problems: Sequence[_Problem], sweeps: int, tolerance: float, ridge: float) -> list[CP]:
+    """Fit them all in one alternation, lower ranks filled up with zeros."""
+    rank = max(problem.rank for problem in problems)
+    works = [problem.work for problem in problems for _ in problem.starts]
+    filled = [
+        each(lambda factor: pad(factor, (0, rank - factor.shape[2])), start)
+        for problem in problems for start in problem.starts
+    ]  # fmt: skip
+    rows = each(lambda *parts: torch.cat(parts), *filled)
+    factors, losses, history = Alternation(torch.cat(works), rows, ridge).run(sweeps, tolerance)
+    fits, first = [], 0
+    for problem in problems:
+        shape = len(problem.starts), len(problem.work)
+        part = slice(first, first + shape[0] * shape[1])
+        first = part.stop
+        mine = each(lambda factor: factor[part].view(*shape, *factor.shape[1:]), factors)  # noqa: B023
+        fits.append(problem.solution(mine, losses[part].view(shape), history[part].view(*shape, -1)))
+    return fits

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from convsplit.lowrank.canonical import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp
+from convsplit.lowrank.canonical import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp_each
 from convsplit.lowrank.factors import CP, affordable, sweep_flops
 
-CURVE_FLOPS = 3e9  # what one of the short fits may cost
-CURVE_SWEEPS = 24
+CURVE_FLOPS = 1e9  # what one of the short fits may cost
+CURVE_SWEEPS = 16
 # Fractions of the kernel's parameters at which a curve is fitted, if two sweeps there cost no more than ANCHOR_FLOPS:
 # 512x512x9 stops at 0.4.
 ANCHORS = (0.05, 0.2, 0.4, 0.65, 0.9)
@@ -20,20 +21,49 @@ ANCHOR_FLOPS = 4e10
 DECAY = 0.9  # of the gain from one doubling of the sweeps to the next
 
 
-def cp_curve(weight: Tensor, ranks: Sequence[int], *, seed: int = 0) -> list[float]:
+@dataclass(frozen=True)
+class Curve:
+    """Relative errors of a form at some numbers of components, and the fits they were read from, if any.
+
+    The fits, of CP at `ANCHORS`, hold at most 2.2 times as many numbers as the kernel.
+    """
+
+    errors: tuple[float, ...]
+    fits: tuple[CP, ...] = ()
+
+
+def cp_curve(weight: Tensor, ranks: Sequence[int], *, seed: int = 0) -> Curve:
     """Relative errors of `cp` at every one of `ranks`, for the price of a few short fits.
+
+    >>> curve = cp_curve(torch.rand(1, 8, 8, 9), [4, 8, 16])
+    >>> curve.errors[0] > curve.errors[1] > curve.errors[2]
+    True
+    """
+    return cp_curves([weight], ranks, seed=seed)[0]
+
+
+def cp_curves(weights: Sequence[Tensor], ranks: Sequence[int], *, seed: int = 0) -> list[Curve]:
+    """`cp_curve` of several weights of one shape, fitted together.
 
     Every fit grows from the one below. Between them log(error) is a parabola in the rank; it goes on where the largest
     ranks are too expensive to fit, and close to the kernel's own number of parameters.
     """
-    fits: list[CP] = []
-    for rank in _anchors(weight.shape, sorted(set(ranks))):
-        sweeps = affordable(weight.shape, rank, CURVE_FLOPS, 2, CURVE_SWEEPS)
-        before = fits[-1] if fits else None
-        fits.append(cp(weight, rank, start=before, iterations=sweeps, tolerance=3e-4, seed=seed))
-    points = [(fit.rank, math.log(max(_settled(fit, weight.shape), 1e-6))) for fit in fits]
+    shape, count = weights[0].shape, len(weights)
+    chains: list[list[CP]] = [[] for _ in weights]
+    for rank in _anchors(shape, sorted(set(ranks))):
+        sweeps = affordable(shape, rank, CURVE_FLOPS, 2, CURVE_SWEEPS)
+        before = [chain[-1] if chain else None for chain in chains]
+        found = cp_each(weights, [rank] * count, starts=before, iterations=sweeps, tolerance=3e-4, seed=seed)
+        for chain, fit in zip(chains, found, strict=True):
+            chain.append(fit)
+    return [_read(chain, shape, ranks) for chain in chains]
+
+
+def _read(fits: Sequence[CP], shape: torch.Size, ranks: Sequence[int]) -> Curve:
+    points = [(fit.rank, math.log(max(_settled(fit, shape), 1e-6))) for fit in fits]
     errors = {rank: math.exp(min(_parabola(points, rank), 0.0)) for rank in set(ranks)}
-    return [min(errors[lower] for lower in errors if lower <= rank) for rank in ranks]
+    falling = (min(errors[lower] for lower in errors if lower <= rank) for rank in ranks)
+    return Curve(tuple(falling), tuple(fits))
 
 
 def _anchors(shape: torch.Size, ranks: list[int]) -> list[int]:

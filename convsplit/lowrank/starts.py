@@ -28,6 +28,8 @@ def svd_start(weight: Tensor, rank: int, seed: int) -> Factors:
 
 def starting_points(weight: Tensor, rank: int, seed: int, count: int) -> list[Factors]:
     """`count` starts: the best SVD form, then random ones."""
+    if count < 1:
+        return []
     starts = [svd_start(weight, rank, seed)]
     A, B, C = (weight.new_zeros(weight.shape[0], size, 0) for size in weight.shape[1:])
     return starts + [_padded((A, B, C), rank, seed + extra) for extra in range(1, count)]
@@ -40,10 +42,10 @@ def exact_factors(weight: Tensor, rank: int) -> Factors | None:
     """
     G, *sizes = weight.shape
     mode = min((0, 1, 2), key=lambda n: sizes[n] * min(sizes[:n] + sizes[n + 1 :]))
-    svd = slice_svd(weight.movedim(mode + 1, 1))
-    N, D = svd.values.shape[1:]
+    N, D = sizes[mode], min(sizes[:mode] + sizes[mode + 1 :])
     if rank < N * D:
         return None
+    svd = slice_svd(weight.movedim(mode + 1, 1))
     unit = torch.eye(N).to(weight).repeat_interleave(D, dim=1).expand(G, -1, -1)
     left = (svd.left * svd.values.unsqueeze(2)).transpose(1, 2).flatten(2)
     three = [left, svd.right.mT.transpose(1, 2).flatten(2)]

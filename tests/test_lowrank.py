@@ -1,0 +1,111 @@
+"""Factorisations from the outside: the first of a process, several at once, from an earlier fit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from convsplit.forms import FORMS
+from convsplit.lowrank import CP, cp, cp_curve, cp_each
+
+FIRST_USE = """
+import sys, threading
+import tensorly
+before = tensorly.get_backend()
+import torch
+from convsplit.lowrank import slice_svd
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-6)
+ready, failed = threading.Barrier(16), []
+def use():
+    ready.wait()
+    try:
+        slice_svd(torch.eye(3)[None, None])
+    except BaseException as error:
+        failed.append(repr(error))
+threads = [threading.Thread(target=use) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+assert tensorly.get_backend() == before == "numpy", (before, tensorly.get_backend())
+"""
+
+
+def test_the_first_use_may_be_in_several_threads_at_once() -> None:
+    runs = [subprocess.Popen([sys.executable, "-c", FIRST_USE], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    for run in runs:
+        message = run.communicate(timeout=300)[1]
+        assert run.returncode == 0, message
+
+
+def kernel(O: int, I: int, K: int = 9, seed: int = 0, groups: int = 1, decay: float = 0.9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    factors = (torch.randn(groups, n, 60, generator=generator, dtype=torch.float64) for n in (O, I, K))
+    A, B, C = factors
+    W = torch.einsum("r,gor,gir,gkr->goik", decay ** torch.arange(60.0, dtype=torch.float64), A, B, C)
+    return W + 0.05 * torch.randn(W.shape, generator=generator, dtype=torch.float64)
+
+
+def missed(fit: CP, W: torch.Tensor) -> float:
+    return float((fit.kernel() - W).norm() / W.norm())
+
+
+def test_fits_made_together_are_those_made_alone() -> None:
+    weights, ranks = [kernel(12, 10, seed=seed) for seed in range(3)], [9, 11, 10]
+    for together, W, rank in zip(cp_each(weights, ranks), weights, ranks, strict=True):
+        alone = cp(W, rank)
+        assert together.rank == rank
+        assert together.error == pytest.approx(missed(together, W), rel=1e-4)
+        assert together.error == pytest.approx(alone.error, rel=1e-3)
+
+
+def test_each_fit_ends_by_itself() -> None:
+    easy, hard = kernel(12, 10, decay=0.1), kernel(12, 10, decay=0.99, seed=1)
+    fits = cp_each([easy, hard], [12, 12])
+    alone = [cp(W, 12) for W in (easy, hard)]
+    assert [fit.error for fit in fits] == pytest.approx([fit.error for fit in alone], rel=1e-3)
+    assert len(set(fits[0].history[-3:])) == 1  # at rest while the other goes on
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_start_makes_no_fit_worse_and_is_not_lost(groups: int) -> None:
+    W = kernel(24, 20, groups=groups)
+    curve = cp_curve(W, [4, 8, 16, 24, 32])
+    for near in curve.fits:
+        assert cp(W, near.rank, start=near, iterations=3).error <= near.error * (1 + 1e-6)
+    for rank in (6, 16, 28):
+        start = min(curve.fits, key=lambda fit: abs(fit.rank - rank))
+        assert cp(W, rank, start=start).error <= 1.05 * cp(W, rank).error
+
+
+def test_a_curve_holds_no_more_than_a_few_times_the_kernel() -> None:
+    for O, I, K in ((8, 8, 9), (32, 16, 9), (24, 24, 3), (16, 16, 49)):
+        W = kernel(O, I, K)
+        ranks = list(range(2, max(3, O * I * K // (O + I + K)), 2))
+        held = sum(part.numel() for fit in cp_curve(W, ranks).fits for part in (fit.A, fit.B, fit.C))
+        assert held <= 2.4 * W.numel()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_layers_together_are_layers_alone(form) -> None:  # type: ignore[no-untyped-def]
+    weights = [kernel(8, 6, seed=seed) for seed in range(3)]
+    counts = [12, 24] if form.name == "pw-dw-pw" else [24, 48]
+    curves = form.curves(weights, counts)
+    for W, curve in zip(weights, curves, strict=True):
+        assert curve.errors == pytest.approx(form.curve(W, counts).errors, rel=0.02)
+    together = form.factorise_each(weights, [counts[0]] * 3, fits=[curve.fits for curve in curves])
+    for W, curve, factors in zip(weights, curves, together, strict=True):
+        alone = form.factorise(W, counts[0], fits=curve.fits)
+        assert torch.allclose(factors.kernel(8, 6), alone.kernel(8, 6), atol=0.02 * float(W.norm()))
+
+
+def test_float32_ends_where_float64_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = kernel(32, 32, decay=0.5)  # close to low rank: float32 cannot see the last sweeps
+    W = W - 0.999 * (W - cp(W, 24).kernel())
+    fit = cp(W, 24)
+    monkeypatch.setattr(sys.modules["convsplit.lowrank.cp"], "FLOAT64_WORK", 1e9)
+    assert fit.error == pytest.approx(missed(fit, W), rel=0.01)
+    assert fit.error <= 1.1 * cp(W, 24).error
