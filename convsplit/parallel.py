@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from convsplit.progress import track
 
 MOST_WORKERS = 8
 MOST_WEIGHTS = 2**25  # of all layers under way; a fit's arrays take some thirty times as much memory
+BATCH_WEIGHTS = 2**16  # of alike layers that are worked on together: above, calls cost less than what they compute
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -55,6 +58,48 @@ def in_parallel(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [found[index] for index in range(len(items))]
+
+
+def in_batches(
+    function: Callable[[list[T]], list[Result]],
+    items: Sequence[T],
+    description: str,
+    *,
+    alike: Callable[[T], Hashable],
+    size: Callable[[T], float],
+    progress: bool | None = None,
+) -> list[Result]:
+    """`function(items)`, computed in batches of items of equal `alike`, as many at once as `in_parallel` allows.
+
+    Which items go together does not depend on the number of threads.
+
+    >>> in_batches(lambda all: [sum(all)] * len(all), [1, 2, 3], "Adding", alike=lambda n: n % 2, size=float)
+    [4, 2, 4]
+    """
+    kinds: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        kinds.setdefault(alike(item), []).append(index)
+    batches = [batch for kind in kinds.values() for batch in _cut(kind, [size(items[index]) for index in kind])]
+
+    def run(batch: list[int]) -> list[Result]:
+        return function([items[index] for index in batch])
+
+    def total(batch: list[int]) -> float:
+        return sum(size(items[index]) for index in batch)
+
+    results = in_parallel(run, batches, description, size=total, progress=progress)
+    found = {
+        index: each for batch, result in zip(batches, results, strict=True)
+        for index, each in zip(batch, result, strict=True)
+    }  # fmt: skip
+    return [found[index] for index in range(len(items))]
+
+
+def _cut(indices: list[int], sizes: list[float]) -> list[list[int]]:
+    """Runs of indices with about equally many each, of at most BATCH_WEIGHTS in all unless a single one has more."""
+    count = min(math.ceil(sum(sizes) / BATCH_WEIGHTS), len(indices)) or 1
+    bounds = [round(k * len(indices) / count) for k in range(count + 1)]
+    return [indices[first:last] for first, last in pairwise(bounds)]
 
 
 @contextmanager
