@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import FunctionType
 from typing import Any, TypeVar
@@ -13,11 +14,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from convsplit.choose.plan import Plan, PlannedLayer
+from convsplit.forms import CP
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv2d, initialise_each
 from convsplit.model.copies import deep_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
-from convsplit.parallel import in_parallel
+from convsplit.parallel import in_batches
 from convsplit.progress import ConversionWarning
 from convsplit.spec import ConvSpec
 
@@ -45,7 +47,14 @@ _LEFT_BEHIND = {
 
 @same_globals()
 @plain_arithmetic()
-def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool | None = None) -> M:
+def apply_plan(
+    model: M,
+    plan: Plan,
+    *,
+    initialise: bool = True,
+    progress: bool | None = None,
+    fits: Mapping[str, Sequence[CP]] | None = None,
+) -> M:
     """A deep copy of the model with the layers of the plan split; the model itself is not touched.
 
     Args:
@@ -55,6 +64,7 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
         initialise: False leaves zeros in the split layers, to be filled with `load_state_dict`; nothing is
             factorised and the model may be on the meta device.
         progress: show a progress bar; by default only on a terminal.
+        fits: of each layer's kernel, from its menu, to start from.
 
     Returns:
         a module of the model's own class, with `SeparableConv2d` under the names of the layers they replace. Forward
@@ -76,15 +86,28 @@ def apply_plan(model: M, plan: Plan, *, initialise: bool = True, progress: bool 
     originals = _originals(model, plan)
     replacements = {layer.name: _empty(originals[layer.name], layer) for layer in plan.split}
 
-    def factorise(name: str) -> None:
-        replacements[name].initialise_from(originals[name].conv, seed=plan.seed)
+    known = fits or {}
+
+    def factorise(names: list[str]) -> list[None]:
+        initialise_each(
+            [replacements[name] for name in names], [originals[name].conv for name in names], seed=plan.seed,
+            fits=[known.get(name, ()) for name in names],
+        )  # fmt: skip
+        return [None] * len(names)
 
     if initialise:
-        in_parallel(
-            factorise, list(replacements), "Factorising",
+        in_batches(
+            factorise, list(replacements), "Factorising", alike=lambda name: _kind(replacements[name]),
             size=lambda name: originals[name].conv.weight.numel(), progress=progress,
         )  # fmt: skip
     return _copy_with(model, replacements)
+
+
+def _kind(layer: SeparableConv2d) -> tuple[object, ...]:
+    """What layers that are factorised together have in common; their ranks are close, as zeros fill them up."""
+    spec, closeness = layer.spec, round(3 * math.log2(layer.components))
+    channels = spec.in_channels, spec.out_channels, spec.groups, spec.positions
+    return layer.form, closeness, *channels, layer.depthwise.weight.dtype, layer.depthwise.weight.device
 
 
 @plain_arithmetic()

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from convsplit.data.moments import Marginals, whitened
-from convsplit.forms import FORMS, Form, grouped
+from convsplit.forms import CP, FORMS, Form, grouped
 from convsplit.model.sites import Site
-from convsplit.parallel import in_parallel
+from convsplit.parallel import in_batches
 from convsplit.precision import widened
 from convsplit.spec import ConvSpec
 from convsplit.structure import Structure
@@ -56,6 +56,7 @@ class Menu:
     site: Site
     options: tuple[Option, ...]
     note: str = ""
+    fits: tuple[CP, ...] = field(default=(), repr=False, compare=False)  # behind the errors, in the same metric
 
     @property
     def dense(self) -> Option:
@@ -81,13 +82,20 @@ def find_menus(
     `marginals` of the sites' inputs, from `measure_marginals`, turn errors of weights into errors of outputs.
     """
 
-    def menu(site: Site) -> Menu:
-        known = (marginals or {}).get(site.name)
-        return Menu(site, (dense_option(site), *_options(site, forms, rank, known, seed)))
+    def menus(alike: list[Site]) -> list[Menu]:
+        return _menus(alike, forms, rank, [(marginals or {}).get(site.name) for site in alike], seed)
 
-    return in_parallel(
-        menu, _splittable(sites), "Error curves", size=lambda site: dense_option(site).params, progress=progress
-    )
+    return in_batches(
+        menus, _splittable(sites), "Error curves", alike=_kind, size=lambda site: dense_option(site).params,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _kind(site: Site) -> tuple[object, ...]:
+    """What layers whose kernels are fitted together have in common."""
+    weight = _weight(site)
+    assert site.spec is not None
+    return site.spec.groups, *weight.shape[:2], site.spec.positions, weight.dtype, weight.device
 
 
 def exact_menus(sites: Iterable[Site], forms: Sequence[Form] = tuple(FORMS.values())) -> list[Menu]:
@@ -126,21 +134,43 @@ def dense_option(site: Site) -> Option:
     return Option(None, site.spec.weight_params, _macs(site, None), 0.0)
 
 
-def _options(
-    site: Site, forms: Sequence[Form], rank: int | None, marginals: Marginals | None, seed: int
-) -> list[Option]:
-    spec = site.spec
+def _menus(
+    sites: Sequence[Site],
+    forms: Sequence[Form],
+    rank: int | None,
+    marginals: Sequence[Marginals | None],
+    seed: int,
+) -> list[Menu]:
+    """The menus of sites whose kernels have one shape."""
+    spec = sites[0].spec
     assert spec is not None
-    assert site.original is not None
-    kernel = grouped(widened(site.original.conv.weight.detach()), spec.groups).contiguous()
-    options: list[Option] = []
+    kernels = [grouped(widened(_weight(site)), spec.groups).contiguous() for site in sites]
+    options: list[list[Option]] = [[] for _ in sites]
+    fits: list[tuple[CP, ...]] = [() for _ in sites]
     for form in forms:
         counts = _grid(form, spec) if rank is None else [form.components(spec, rank)]
         even = rank is not None or (form.expands and form.projects)
-        if counts:
-            errors = form.errors(_in_metric(kernel, form, marginals), counts, even=even, seed=seed)
-            structures = [Structure(form.name, count, even) for count in counts]
-            options += [_option(site, each, error) for each, error in zip(structures, errors, strict=True)]
+        if not counts:
+            continue
+        structures = [Structure(form.name, count, even) for count in counts]
+        measured = [_in_metric(kernel, form, known) for kernel, known in zip(kernels, marginals, strict=True)]
+        for index, curve in enumerate(form.curves(measured, counts, even=even, seed=seed)):
+            options[index] += [
+                _option(sites[index], each, error) for each, error in zip(structures, curve.errors, strict=True)
+            ]
+            fits[index] += curve.fits
+    return [
+        Menu(site, (dense_option(site), *_saving(site, found)), fits=held)
+        for site, found, held in zip(sites, options, fits, strict=True)
+    ]
+
+
+def _weight(site: Site) -> Tensor:
+    assert site.original is not None
+    return site.original.conv.weight.detach()
+
+
+def _saving(site: Site, options: Sequence[Option]) -> list[Option]:
     dense = dense_option(site)
     return [option for option in options if _costs_less(option, dense)]
 
