@@ -1,0 +1,140 @@
+"""Seconds of whole conversions, with this code and, side by side, with earlier code.
+
+    python benchmarks/speed_of_conversion.py [--networks NETWORKS.py] [--photos PHOTOS.py] [--before CHECKOUT]
+                                             [--runs 3] [--threads 2] [--cases ...]
+
+CHECKOUT is a folder with another version of convsplit. Every run is a process of its own, so that it pays for what a
+first conversion pays (but not for imports), and versions take turns, so that a busy machine is busy for both. Prints
+Markdown: the median of the seconds, their least and most, and the seconds of the processors.
+
+NETWORKS.py as for benchmarks/accuracy.py; PHOTOS.py defines `inception_v3()`, a trained InceptionV3 in eval mode.
+A case is a function in CASES that prepares what is needed and returns what is timed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Case = Callable[[argparse.Namespace], Callable[[], object]]
+
+HERE = Path(__file__).resolve().parent
+
+
+def resnet50(arguments: argparse.Namespace) -> Callable[[], object]:
+    import torchvision
+
+    import convsplit
+
+    model = torchvision.models.resnet50(weights=None).eval()
+    return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
+
+
+def quickstart(arguments: argparse.Namespace) -> Callable[[], object]:
+    sys.path.append(str(HERE.parent / "examples"))
+    from digits import small_resnet
+
+    import convsplit
+
+    model = small_resnet(seed=0).eval()
+    return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
+
+
+def inception(arguments: argparse.Namespace) -> Callable[[], object]:
+    import convsplit
+
+    model = _module(arguments.photos).inception_v3()
+    return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
+
+
+def cifar(depth: int) -> Case:
+    def case(arguments: argparse.Namespace) -> Callable[[], object]:
+        import convsplit
+
+        model = _module(arguments.networks).resnet(depth)
+        return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
+
+    return case
+
+
+CASES: dict[str, Case] = {
+    "ResNet-50, random weights, at a half, no data": resnet50,
+    "quickstart's network, 244 k parameters, at a half, no data": quickstart,
+    "InceptionV3, trained, at a half, no data": inception,
+    "ResNet-20 of CIFAR-10, at a half, no data": cifar(20),
+    "ResNet-56 of CIFAR-10, at a half, no data": cifar(56),
+}
+NEEDS = {inception: "photos"} | {case: "networks" for name, case in CASES.items() if "CIFAR" in name}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", help="a file with trained networks")
+    parser.add_argument("--photos", help="a file with a trained InceptionV3")
+    parser.add_argument("--before", help="a folder with earlier code")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="parts of their names")
+    parser.add_argument("--time", help=argparse.SUPPRESS)  # in a process of its own: time this case
+    arguments = parser.parse_args()
+    if arguments.time:
+        print(json.dumps(timed(CASES[arguments.time], arguments)))
+        return
+    sys.path.insert(0, str(HERE.parent))
+    from convsplit.tables import Table
+
+    versions = {"now": str(HERE.parent)} | ({"before": arguments.before} if arguments.before else {})
+    rows = []
+    for name, case in CASES.items():
+        if not any(part in name for part in arguments.cases) or not getattr(arguments, NEEDS.get(case, "cases")):
+            continue
+        runs: dict[str, list[tuple[float, float]]] = {version: [] for version in versions}
+        for _ in range(arguments.runs):
+            for version, folder in versions.items():
+                runs[version].append(in_own_process(name, folder))
+                print(name, version, *runs[version][-1], file=sys.stderr, flush=True)
+        rows.append([name, *_figures(runs["now"]), *(_figures(runs["before"]) if "before" in runs else [])])
+    headings = ["case", "median s", "least", "most", "CPU s"]
+    headings += [f"{heading} before" for heading in headings[1:]] if arguments.before else []
+    print(Table(headings, rows, frozenset({"case"})).markdown())
+
+
+def timed(case: Case, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Seconds, and seconds of all processors."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    run = case(arguments)
+    start, busy = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - busy
+
+
+def in_own_process(name: str, folder: str) -> tuple[float, float]:
+    """`timed` with the code in the folder."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--time", name]
+    environment = os.environ | {"PYTHONPATH": folder}
+    seconds, busy = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    return seconds, busy
+
+
+def _figures(runs: list[tuple[float, float]]) -> list[str]:
+    seconds, busy = zip(*runs, strict=True)
+    return [f"{each:.1f}" for each in (statistics.median(seconds), min(seconds), max(seconds), statistics.median(busy))]
+
+
+def _module(path: str):  # type: ignore[no-untyped-def]
+    sys.path.insert(1, str(HERE))
+    from accuracy import load_networks
+
+    return load_networks(path)
+
+
+if __name__ == "__main__":
+    main()
