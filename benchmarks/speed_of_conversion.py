@@ -126,7 +126,9 @@ def in_own_process(name: str, folder: str) -> tuple[float, float]:
 
 def _figures(runs: list[tuple[float, float]]) -> list[str]:
     seconds, busy = zip(*runs, strict=True)
-    return [f"{each:.1f}" for each in (statistics.median(seconds), min(seconds), max(seconds), statistics.median(busy))]
+    return [
+        f"{each:.1f}" for each in (statistics.median(seconds), min(seconds), max(seconds), statistics.median(busy))
+    ]
 
 
 def _module(path: str):  # type: ignore[no-untyped-def]

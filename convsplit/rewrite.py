@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from convsplit.choose.plan import Plan, PlannedLayer
+from convsplit.data.moments import Marginals
 from convsplit.forms import CP
+from convsplit.initialise import initialise_each
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
-from convsplit.layers.separable import SeparableConv2d, initialise_each
+from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.copies import deep_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.parallel import in_batches
@@ -54,6 +56,7 @@ def apply_plan(
     initialise: bool = True,
     progress: bool | None = None,
     fits: Mapping[str, Sequence[CP]] | None = None,
+    marginals: Mapping[str, Marginals] | None = None,
 ) -> M:
     """A deep copy of the model with the layers of the plan split; the model itself is not touched.
 
@@ -65,6 +68,7 @@ def apply_plan(
             factorised and the model may be on the meta device.
         progress: show a progress bar; by default only on a terminal.
         fits: of each layer's kernel, from its menu, to start from.
+        marginals: of each layer's inputs, the metric in which it is factorised.
 
     Returns:
         a module of the model's own class, with `SeparableConv2d` under the names of the layers they replace. Forward
@@ -86,12 +90,12 @@ def apply_plan(
     originals = _originals(model, plan)
     replacements = {layer.name: _empty(originals[layer.name], layer) for layer in plan.split}
 
-    known = fits or {}
+    known, metrics = fits or {}, marginals or {}
 
     def factorise(names: list[str]) -> list[None]:
         initialise_each(
             [replacements[name] for name in names], [originals[name].conv for name in names], seed=plan.seed,
-            fits=[known.get(name, ()) for name in names],
+            fits=[known.get(name, ()) for name in names], marginals=[metrics.get(name) for name in names],
         )  # fmt: skip
         return [None] * len(names)
 

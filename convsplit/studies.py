@@ -22,6 +22,7 @@ from convsplit.choose.options import Menu, Option, check_rank, closest_split, ex
 from convsplit.choose.plan import Conditions, Plan, planned_layers
 from convsplit.data.batches import checked_batches
 from convsplit.data.moments import Marginals, measure_marginals
+from convsplit.forms import CP
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.measure.speed import PREFERENCES, choose_by_time
 from convsplit.measure.stopwatch import Stopwatch
@@ -208,7 +209,7 @@ class Study(Tabular, Generic[M]):
     def apply(self, plan: Plan) -> M:
         """Convert as a plan says, perhaps an edited one, and repair where there are calibration data."""
         self._check_unchanged()
-        converted = apply_plan(self.model, plan, progress=self.progress)
+        converted = apply_plan(self.model, plan, progress=self.progress, fits=self._fits(), marginals=self.marginals)
         if self.batches is not None and any(layer.option is None or layer.option.error != 0 for layer in plan.split):
             refit(converted, self.model, self.batches, forward=self.forward, seed=self.seed, progress=self.progress)
         return converted
@@ -305,6 +306,10 @@ class Study(Tabular, Generic[M]):
         return find_menus(
             self.sites, forms=forms, rank=rank, marginals=self.marginals, seed=self.seed, progress=self.progress
         )
+
+    def _fits(self) -> dict[str, tuple[CP, ...]]:
+        """Those behind the menus, if there are menus yet: for an exact plan or one from a file they are not needed."""
+        return {menu.site.name: menu.fits for menu in self.__dict__.get("menus", ())}
 
     def _choose(self, menus: Sequence[Menu], budget: Budget | None) -> list[Option]:
         if budget is None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from convsplit.forms import CP, Factors, Form, form_named, grouped, ungrouped
+from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
 from convsplit.layers.stages import ChannelGather, ChannelSum, PaddedConv2d
+from convsplit.precision import widened
 from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
 
 # Ways to run the same stages; neither parameters nor their names depend on it (figures: benchmarks/results/latency.md).
@@ -252,7 +252,13 @@ class SeparableConv2d(nn.Module):
         Raises:
             ValueError: the weight holds NaN or infinite values.
         """
-        initialise_each([self], [conv], seed=seed)
+        if not conv.weight.isfinite().all():
+            raise ValueError(f"the weight of {conv} holds NaN or infinite values and cannot be factorised")
+        # float32 at least: half precision has no linear algebra, and its rounding would enter the factors twice.
+        kernel = grouped(widened(conv.weight.detach()), self.groups).contiguous()
+        self.load_factors(form_named(self.form).factorise(kernel, self.components, even=self.even, seed=seed))
+        if conv.bias is not None:
+            cast(Tensor, self.bias).copy_(conv.bias)
         return self
 
     @torch.no_grad()
@@ -455,25 +461,3 @@ def _is_channels_last(weight: Tensor) -> bool:
     return (
         weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     )
-
-
-@torch.no_grad()
-def initialise_each(
-    layers: Sequence[SeparableConv2d], convs: Sequence[nn.Conv2d], *, seed: int = 0, fits: Sequence[Sequence[CP]] = ()
-) -> None:
-    """`initialise_from` for layers of one form and kernel shape, together; `fits` of each from its error curve."""
-    kernels = []
-    for layer, conv in zip(layers, convs, strict=True):
-        if not conv.weight.isfinite().all():
-            raise ValueError(f"the weight of {conv} holds NaN or infinite values and cannot be factorised")
-        # float32 at least: half precision has no linear algebra, and its rounding would enter the factors twice.
-        wide = torch.promote_types(conv.weight.dtype, torch.float32)
-        kernels.append(grouped(conv.weight.detach().to(wide), layer.groups).contiguous())
-    found = form_named(layers[0].form).factorise_each(
-        kernels, [layer.components for layer in layers], even=[layer.even for layer in layers], seed=seed,
-        fits=fits or None,
-    )  # fmt: skip
-    for layer, conv, factors in zip(layers, convs, found, strict=True):
-        layer.load_factors(factors)
-        if conv.bias is not None:
-            cast(Tensor, layer.bias).copy_(conv.bias)

@@ -106,9 +106,7 @@ class _Problem:
     starts: list[Factors]
 
     @classmethod
-    def of(
-        cls, weight: Tensor, rank: int, start: CP | None, count: int, seed: int, dtype: torch.dtype
-    ) -> _Problem:
+    def of(cls, weight: Tensor, rank: int, start: CP | None, count: int, seed: int, dtype: torch.dtype) -> _Problem:
         """`count` starts, the first from a fit if one is given."""
         work = weight.detach().to(dtype)
         norm = work.flatten(1).norm(dim=1)

@@ -213,7 +213,9 @@ class Bench:
         assert all(bool(value.isfinite().all()) for value in converted.state_dict().values())
         if came:
             wanted = public.run(copy.deepcopy(self.model).eval(), self.batches[-1])[0]
-            assert _loss(converted, self.batches[-1], wanted) <= 1.01 * _loss(self.converted, self.batches[-1], wanted)
+            assert _loss(converted, self.batches[-1], wanted) <= 1.01 * _loss(
+                self.converted, self.batches[-1], wanted
+            )
         return came
 
     def save(self, counter: Counter) -> bool:
@@ -287,4 +289,6 @@ def _loss(model: nn.Module, batch: Tensor, wanted: Tensor) -> float:
     student = public.run(copy.deepcopy(model).eval(), batch)[0]
     T = 2.0  # the default temperature
     log = nn.functional.log_softmax
-    return float(nn.functional.kl_div(log(student / T, 1), log(wanted / T, 1), reduction="batchmean", log_target=True))
+    return float(
+        nn.functional.kl_div(log(student / T, 1), log(wanted / T, 1), reduction="batchmean", log_target=True)
+    )
