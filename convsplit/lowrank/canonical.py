@@ -17,7 +17,7 @@ from convsplit.lowrank.starts import exact_factors, resized, starting_points
 
 FLOAT64_WORK = 1e5  # O * I * K * R up to which float64 costs next to nothing
 FLOAT64_LOSS = 1e-4  # squared relative error below which float32 no longer tells one sweep from the next
-FIT_FLOPS = 8e9  # what one fit may cost, unless that is less than MIN_SWEEPS
+FIT_FLOPS = 1.4e10  # what one fit may cost, unless that is less than MIN_SWEEPS
 MIN_SWEEPS, MAX_SWEEPS = 3, 300
 TINY_FLOPS = 4e6  # per sweep; kernels below it try several starts, up to
 MAX_STARTS = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 from convsplit.lowrank.canonical import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp_each
 from convsplit.lowrank.factors import CP, affordable, sweep_flops
 
-CURVE_FLOPS = 1e9  # what one of the short fits may cost
+CURVE_FLOPS = 2e9  # what one of the short fits may cost
 CURVE_SWEEPS = 16
 # Fractions of the kernel's parameters at which a curve is fitted, if two sweeps there cost no more than ANCHOR_FLOPS:
 # 512x512x9 stops at 0.4.
@@ -77,7 +77,7 @@ def _anchors(shape: torch.Size, ranks: list[int]) -> list[int]:
 def _settled(fit: CP, shape: torch.Size) -> float:
     """The error `cp` would reach with all its sweeps: log(error) falls geometrically from doubling to doubling."""
     done = len(fit.history)
-    if done < 8 or fit.history[-1] <= 0:
+    if done < 4 or fit.history[-1] <= 0:
         return fit.error
     gain = math.log(fit.history[-1] / fit.history[done // 2 - 1])  # of the last doubling
     doublings = math.log2(max(affordable(shape, fit.rank, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS) / done, 1))
