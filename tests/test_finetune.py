@@ -302,3 +302,25 @@ def test_an_optimizer_of_the_original_is_recognised():
     with pytest.raises(ValueError, match=r"before conversion\?.*torch.optim.SGD\(convsplit.parameter_groups"):
         convsplit.check_optimizer(optimizer, converted)
     convsplit.check_optimizer(torch.optim.SGD(converted.parameters(), lr=0.1), converted)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_blocks_of_models_with_several_inputs(late):
+    """A second input that nobody reads is no part of a block; one that is read late leaves no block before it."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x, scale=None):
+            y = torch.relu(self.first(x))
+            return self.second(y * scale) if late else self.second(input=y)
+
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    converted = convsplit.convert(model, budget=Budget(params=0.3))
+    data = [{"x": images(16, seed=seed), "scale": torch.rand(16, 1, 1, 1)} for seed in range(2)]
+    blocks = convsplit.reconstruct(converted, model, data, steps=10)
+    assert [block.name for block in blocks] == ["first", "second"]
+    assert all(block.after < block.before for block in blocks)

@@ -1,7 +1,9 @@
 """Label-free repair: it helps, never harms a layer, is the same for every way of walking, and refuses nonsense."""
 
 import copy
+import math
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,12 +13,14 @@ from torch import nn
 
 import convsplit
 from convsplit import Budget, SeparableConv2d
+from convsplit.data.baton import Pass
+from convsplit.data.following import see_what_follows
 from convsplit.data.moments import padded, thinning
 from convsplit.data.sensitivity import measure_sensitivity
-from convsplit.data.tail import NO_TAIL, find_tail
-from convsplit.data.walk import Steps, Stop
+from convsplit.data.tail import NO_TAIL
+from convsplit.data.walk import Stop, walk
 from convsplit.forms import FORMS, Factors, grouped
-from convsplit.model.graphs import SplitTracer
+from convsplit.repair.fits import AllFactors, LastPointwise
 from convsplit.repair.samples import Moments, Sample, Samples, take_samples
 from convsplit.repair.solve import Metric, Quadratic, fit_factors, improved, quadratics
 
@@ -87,7 +91,7 @@ def test_every_geometry(form, groups, geometry):
 def test_patches_are_what_a_convolution_sees():
     conv = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, bias=False)
     x = torch.randn(8, 4, 9, 9)
-    samples = take_samples(conv, Stop("", 1, lambda: iter([(x, conv(x), None)])), 1, 2, nn.Identity())
+    samples = take_samples(conv, Stop("", 1, lambda: iter([(x, conv(x), None)])), 2, nn.Identity())
     moments = Moments.of(samples, samples.targets())
     problems = quadratics(grouped(conv.weight.detach() * 0, 2), moments, Metric.of(moments, 6, 1e-9))
     best = torch.cat([problem.best for problem in problems])
@@ -174,18 +178,120 @@ def test_wide_layers_multiply_in_single_precision():
     torch.testing.assert_close(product, S @ filters, rtol=1e-4, atol=1e-3)
 
 
-def test_every_walk_gives_the_same(monkeypatch):
-    model, converted = converted_net()
+@pytest.mark.parametrize("target", ["layer", "activation"])
+def test_control_flow_and_batches_of_other_sizes_change_nothing(target):
     inputs = list(images(64).split(16))
-    twins = [copy.deepcopy(converted) for _ in range(3)]
-    convsplit.refit(twins[0], model, inputs, target="layer", dense=False)
-    monkeypatch.setattr(sys.modules["convsplit.repair.refitting"], "MEMORY_LIMIT", 0)
-    convsplit.refit(twins[1], model, inputs, target="layer", dense=False)
-    monkeypatch.setattr(sys.modules["convsplit.data.walk"], "_lockstep", lambda *_: iter(()))
-    convsplit.refit(twins[2], model, inputs, target="layer", dense=False)
-    for twin in twins[1:]:
-        for one, other in zip(twins[0].parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    repaired = []
+    for cls, data in ((SmallNet, inputs), (Untraceable, inputs), (SmallNet, (*inputs[0].split(8), *inputs[1:]))):
+        model, converted = converted_net(cls)
+        convsplit.refit(converted, model, list(data), target=target)
+        repaired.append(converted)
+    for one, other in zip(repaired[0].parameters(), repaired[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert drift(repaired[0], repaired[2], images(64, seed=1)) < 0.1  # the grids of positions differ
+
+
+def stops_of(model: nn.Module, batches: list, names: list[str], *, limit: float = math.inf):
+    """The names of all stops and how many calls there were at each."""
+    with torch.no_grad():
+        stops = walk(model, copy.deepcopy(model), names, (), batches, None, limit)
+        return [(stop.name, stop.calls, len(list(stop.values()))) for stop in stops]
+
+
+def walking() -> int:
+    """How many forward passes are under way in threads of their own."""
+    return threading.active_count() - 1
+
+
+class Branches(nn.Module):
+    """Takes one of two ways, by its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.bright, self.dark = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        if x.sum() > 1e6:
+            raise ArithmeticError("too bright")
+        return self.last(torch.relu((self.bright if x.mean() > 0 else self.dark)(self.first(x))))
+
+
+def test_batches_go_different_ways_and_meet_again():
+    data = [torch.ones(1, 3, 12, 12), -torch.ones(2, 3, 12, 12), torch.ones(3, 3, 12, 12)]
+    found = stops_of(Branches(), data, ["last", "bright", "dark", "first"])
+    assert found == [("first", 3, 3), ("dark", 1, 1), ("bright", 2, 2), ("last", 3, 3)]
+    assert walking() == 0
+
+
+def test_where_memory_is_short_batches_join_in_later():
+    shrinking = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AvgPool2d(8), nn.Conv2d(16, 4, 1))
+    data = list(torch.zeros(8, 3, 34, 34).split(1))
+    room_for_two = 2 * 2 * 4 * 16 * 32**2 - 1
+    found = stops_of(shrinking, data, ["0", "2"], limit=room_for_two)
+    assert found == [("0", 2, 2), ("2", 8, 8)]
+    assert stops_of(shrinking, data, ["0", "2"], limit=0)[0] == ("0", 1, 1)
+    assert walking() == 0
+
+
+def hooks(*models: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for model in models for m in model.modules())
+
+
+def test_an_error_of_the_model_says_where_and_leaves_nothing_behind():
+    model, x = Branches(), torch.ones(1, 3, 9, 9)
+    converted = copy.deepcopy(model)
+    converted.bright = nn.Conv2d(5, 4, 1)
+    wrong = r"module 'bright' \(Conv2d\) got \(1, 4, 7, 7\)"
+    for other, data, message in (
+        (copy.deepcopy(model), [x, 1e6 * x], "ArithmeticError: 'too bright'"),
+        (converted, [x] * 3, wrong),
+    ):
+        stops = walk(model, other, ["first", "last"], (), data, None, math.inf)
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            list(stops)
+        assert walking() == 0
+        assert hooks(model, other) == 0
+
+
+def test_an_interrupted_repair_leaves_whole_layers(monkeypatch):
+    model, converted = converted_net()
+    twin = copy.deepcopy(converted)
+    convsplit.refit(twin, model, list(images(64).split(16)))
+    before, stored = copy.deepcopy(converted), []
+    for kind in (AllFactors, LastPointwise):
+
+        def interrupted(self, bias, store=kind.store):
+            if len(stored) == 2:
+                raise KeyboardInterrupt
+            stored.append(self.layer)
+            store(self, bias)
+
+        monkeypatch.setattr(kind, "store", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convsplit.refit(converted, model, list(images(64).split(16)), dense=False)
+    for name, layer in converted.named_modules():
+        if isinstance(layer, SeparableConv2d):
+            same_as = twin if layer in stored else before
+            assert torch.equal(layer.weight, same_as.get_submodule(name).weight)
+    assert len(stored) == 2
+    assert walking() == 0
+    assert hooks(model, converted) == 0
+
+
+def test_a_pass_takes_over_the_modes_of_its_thread():
+    def modes():
+        return (
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"), torch.get_default_device(),
+        )  # fmt: skip
+
+    found = []
+    half = torch.autocast("cpu", torch.float16)
+    for context in (torch.no_grad(), torch.inference_mode(), half, torch.device("meta")):
+        with context:
+            Pass(lambda: found.append(modes())).advance()
+            assert found[-1] == modes()
 
 
 class Tails(nn.Module):
@@ -206,27 +312,95 @@ class Tails(nn.Module):
         return self.last(nn.functional.silu(self.plain(torch.relu_(y))))
 
 
-def test_tails_are_found_for_what_they_are():
-    model = Tails().eval()
-    graph = torch.fx.GraphModule(model, SplitTracer().trace(model)).graph
-    tails = {node.target: find_tail(model, node) for node in graph.nodes if node.op == "call_module"}
-    found = {
-        name: (tail.scale is not None, str(tail.shortcut), tail.ceiling)
+def followers(model: nn.Module, batch: torch.Tensor) -> dict[str, tuple[bool, str, float | None]]:
+    """Of each convolution: whether batch norm follows, where the shortcut is had from, and the ceiling of ReLU."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    with torch.no_grad():
+        tails = see_what_follows(model, names, batch, None).tails
+    return {
+        name: (
+            tail.scale is not None,
+            " ".join(each.place.module for each in tail.needs() if each.place),
+            tail.ceiling,
+        )
         for name, tail in tails.items()
-        if isinstance(model.get_submodule(name), nn.Conv2d)
     }
-    infinity = float("inf")
-    assert found == {
-        "stem": (False, "None", infinity),
-        "normed": (True, "None", 6.0),
-        "branch": (True, "down", infinity),
+
+
+def test_tails_are_found_for_what_they_are():
+    model, infinity = Tails().eval(), float("inf")
+    assert followers(model, torch.randn(2, 3, 9, 9)) == {
+        "stem": (False, "", infinity),
+        "normed": (True, "", 6.0),
+        "branch": (True, "branch", infinity),
         "down": (False, "other_norm", infinity),
-        "plain": (False, "None", None),
-        "last": (False, "None", None),
+        "plain": (False, "", None),
+        "last": (False, "", None),
     }
+    with torch.no_grad():
+        tail = see_what_follows(model, ["normed"], torch.randn(2, 3, 9, 9), None).tails["normed"]
     y = torch.randn(8, 50)
-    tail = tails["normed"]
     torch.testing.assert_close(tail.question(tail.answer(y, None), None, otherwise=y), y)
+
+
+class Awkward(nn.Module):
+    """Answers that are read twice, returned, changed in place, or added to what comes too late."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.returned, self.added, self.late = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.norm, self.split = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = self.norm(self.twice(x))
+        z = self.returned(torch.relu(y)) + y.mean()
+        r = torch.relu(z)
+        a = self.added(r)
+        r.add_(1)  # a shortcut that is no longer what went into the layer
+        a = torch.relu(a + r)
+        late = self.late(a)
+        return {"z": z, "out": torch.relu(late + torch.nn.functional.pad(self.split(a)[:, :2], (0, 0, 0, 0, 0, 1)))}
+
+
+def test_tails_end_where_somebody_else_reads_the_value():
+    torch.manual_seed(0)
+    model, x = Awkward().eval(), torch.randn(2, 3, 9, 9)
+    found = followers(model, x)
+    assert found["twice"] == (True, "", None)
+    assert found["returned"] == (False, "", None)
+    assert found["added"][1:] == ("added", float("inf"))
+    assert found["late"][1:] == ("late", float("inf"))
+
+
+@pytest.mark.parametrize("cls", ["Awkward", "Bottleneck", "Tails", "SmallNet"])
+def test_shortcuts_are_what_will_be_added(cls, monkeypatch):
+    """Taken before the layer answers, they give what the model then rectifies."""
+    torch.manual_seed(0)
+    model, rectified, found = globals()[cls]().eval(), [], 0
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    for owner, name in ((torch, "relu"), (torch, "relu_"), (nn.functional, "relu")):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda x, f=function: rectified.append(x.clone()) or f(x))
+    with torch.no_grad():
+        stops = list_of_values(walk(model, copy.deepcopy(model), names, (), [images(3)], None, math.inf))
+        model(images(3))
+    for tail, answer, shortcut in stops:
+        z = tail.answer(answer.transpose(0, 1).flatten(1), shortcut.transpose(0, 1).flatten(1))
+        flat = [x.transpose(0, 1).flatten(1) for x in rectified]
+        assert any(x.shape == z.shape and torch.allclose(x, z, atol=1e-5) for x in flat)
+        found += 1
+    assert found
+
+
+def list_of_values(stops) -> list:
+    """Tail, answer and shortcut of each stop that has one; it is the same in both models, which are equal."""
+    found = []
+    for stop in stops:
+        for _, answer, shortcuts in stop.values():
+            if shortcuts is not None:
+                assert torch.equal(*shortcuts)
+                found.append((stop.tail, answer.clone(), shortcuts[0].clone()))
+    return found
 
 
 def test_what_follows_a_layer_makes_the_better_target():
@@ -419,19 +593,14 @@ def test_layers_too_wide_for_closed_form_are_repaired_at_their_end(form, stages,
     assert all(layer.after <= layer.before for layer in repaired)
 
 
-def test_what_lies_between_two_stops_is_not_held_for_all_batches(monkeypatch):
-    """Only what later layers need is: values of 64 images at once where there is a stop, of one batch elsewhere."""
-    model, converted = converted_net()
-    held = []
-    catch_up = Steps._catch_up
-
-    def watched(self):
-        catch_up(self)
-        held.append(max(len(environment) for environment in self.environments))
-
-    monkeypatch.setattr(Steps, "_catch_up", watched)
-    convsplit.refit(converted, model, list(images(64).split(16)))
-    assert 0 < max(held) <= 3  # input and answer of a layer, and a shortcut
+def test_repair_in_one_pass(monkeypatch):
+    """Each batch goes through both models once, but for what is looked at beforehand."""
+    model, converted = converted_net(Untraceable)
+    calls = {"original": 0, "converted": 0}
+    for name, each in (("original", model), ("converted", converted)):
+        each.stem.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    convsplit.refit(converted, model, list(images(64).split(8)), target="layer")
+    assert calls == {"original": 8 + 1, "converted": 8}
 
 
 class Bottleneck(nn.Module):

@@ -12,22 +12,13 @@ the shortcut. Two things can be gained by fitting that instead of y:
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from convsplit.model.graphs import attribute
+from convsplit.data.recipe import Recipe
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_RECTIFIERS = {
-    nn.ReLU: float("inf"), F.relu: float("inf"), F.relu_: float("inf"), torch.relu: float("inf"),
-    torch.relu_: float("inf"), "relu": float("inf"), "relu_": float("inf"), nn.ReLU6: 6.0, F.relu6: 6.0,
-}  # fmt: skip
-_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
 FAINT = 1e-3  # of the largest scale: channels that batch norm all but switches off keep their own answer as target
 
 
@@ -37,8 +28,16 @@ class Tail:
 
     scale: Tensor | None = None
     shift: Tensor | None = None
-    shortcut: fx.Node | None = None
+    shortcut: Recipe | None = None
     ceiling: float | None = None
+
+    def needs(self) -> list[Recipe]:
+        """What the shortcut is made of."""
+        return [] if self.shortcut is None else list(self.shortcut.walk())
+
+    def alone(self) -> Tail:
+        """The tail up to the sum with the shortcut."""
+        return self if self.shortcut is None else Tail(self.scale, self.shift)
 
     def answer(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
         """What stands before the activation, z [C, n], for a layer's answer y [C, n]."""
@@ -69,73 +68,3 @@ class Tail:
 
 
 NO_TAIL = Tail()
-
-
-def find_tail(model: nn.Module, node: fx.Node) -> Tail:
-    """Follow the only use of a node's value as far as the tail goes."""
-    modules = dict(model.named_modules())
-    scale = shift = shortcut = None
-    following = _only_user(node)
-    while following is not None:
-        kind = _kind(modules, following)
-        ceiling = _RECTIFIERS.get(kind)
-        if ceiling is not None:
-            return Tail(scale, shift, shortcut, ceiling)
-        if isinstance(kind, type) and issubclass(kind, _TRANSPARENT):
-            pass
-        elif kind in _ADDITIONS and shortcut is None and (other := _other_operand(following, node)) is not None:
-            shortcut = other
-        elif scale is None and shortcut is None and (affine := _affine(model, modules, following)) is not None:
-            scale, shift = affine
-        else:
-            break
-        node, following = following, _only_user(following)
-    return Tail(scale, shift, shortcut)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
-
-
-def _kind(modules: dict[str, nn.Module], node: fx.Node) -> Any:
-    """The class of a module, the name of a method, or the function."""
-    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
-
-
-def _other_operand(addition: fx.Node, operand: fx.Node) -> fx.Node | None:
-    others = [argument for argument in addition.args if argument is not operand]
-    if len(addition.args) != 2 or addition.kwargs or len(others) != 1 or not isinstance(others[0], fx.Node):
-        return None
-    return others[0]
-
-
-def _affine(model: nn.Module, modules: dict[str, nn.Module], node: fx.Node) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift [O] of a batch norm in eval mode."""
-    if node.op == "call_module":
-        norm = modules[str(node.target)]
-        if not isinstance(norm, nn.BatchNorm2d):
-            return None
-        statistics: tuple[Tensor | None, ...] = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        eps = norm.eps
-    elif node.target is F.batch_norm:
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if given.get("training", False):
-            return None
-        statistics = tuple(_value(model, given.get(name)) for name in names[1:5])
-        eps = float(given.get("eps", 1e-5))  # type: ignore[arg-type]
-    else:
-        return None
-    mean, var, weight, bias = statistics
-    if mean is None or var is None:
-        return None
-    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
-    return scale.detach(), ((0 if bias is None else bias) - scale * mean).detach()
-
-
-def _value(model: nn.Module, argument: Any) -> Tensor | None:
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return None
-    found = attribute(model, str(argument.target))
-    return found if isinstance(found, Tensor) else None

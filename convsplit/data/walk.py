@@ -1,40 +1,37 @@
 """Walking two models side by side: what reaches each split layer in one, what the other answers.
 
-Repair is sequential: every layer is fitted on the features of a model whose earlier layers are already repaired. Two
-walks serve the layers in the order of execution.
+Repair is sequential: every layer is fitted on the features of a model whose earlier layers are already repaired. One
+pass is enough for that, whatever the models do in Python: the forward pass of each batch is a thread that stops before
+a layer, so all batches come to stand at the same layer, which is repaired before they go on.
 
-    lockstep   both models as fx graphs, advanced node by node with all batches at once: one forward pass in all,
-               while the values that later nodes still need are kept
-    replay     any model: for each layer again, run both models up to it; nothing is kept
-
-Lockstep is taken where the whole model traces, computes what the model computes, calls each split layer once, and
-its live values fit the memory limit; replay takes over wherever it does not.
+Of layers called several times in a pass all calls are wanted before it is repaired. They are had from passes run for
+that alone.
 """
 
 from __future__ import annotations
 
-import inspect
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from convsplit.data.tail import NO_TAIL, Tail, find_tail
-from convsplit.model.copies import scratch_copy
-from convsplit.model.graphs import SplitTracer
-from convsplit.model.running import Batch, Forward, call, tensors_in
+from convsplit.data.baton import Abandoned, Pass, threads_of_each
+from convsplit.data.following import see_what_follows
+from convsplit.data.recipe import Place, Recipe
+from convsplit.data.tail import NO_TAIL, Tail
+from convsplit.model.running import Batch, Forward, call, run_or_explain, tensors_in
 
-_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 Value = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
 class Stop:
-    """One layer on the walk, called `calls` times per batch.
+    """One layer on the walk, with so many `calls` in all batches that have come to it.
 
     `values` may be read again until the walk goes on. Each is the layer's input in the converted model, its answer in
     the original, and what the `tail` adds to that in the original and in the converted model (or None).
@@ -53,70 +50,272 @@ def walk(
     others: Iterable[str],
     batches: Sequence[Batch],
     forward: Forward | None,
-    memory_limit: int,
+    memory_limit: float,
     *,
     tails: bool = True,
-) -> Iterator[Stop]:
+    every_call: bool = True,
+) -> Generator[Stop, None, None]:
     """Stop at each of the named layers, in the order of execution; layers that the batches never reach are left out.
 
-    Stops at `others` too, as long as lockstep goes and once there is something to make good. Without `tails`, what
-    follows the layers is not looked at.
-    Both models must be in eval mode, and stay so. The caller may change a layer of `converted` at its stop.
+    Stops at `others` too, as far as they are called once, when there is something to make good. Without `tails`, what
+    follows the layers is not looked at; without `every_call`, the first call of a layer stands for all.
+    Both models must be in eval mode, and stay so. The caller may change a layer of `converted` at its stop, and should
+    close the walk: the passes under way end then, where they stand.
+
+    The values that passes under way hold take up `memory_limit` at most, or as much as the pass of one batch does:
+    where there is no room for all batches, some wait and join in later, where maps are smaller.
+
+    Raises:
+        ValueError: one of the models does not run on a batch; names the module that failed and what reached it.
     """
-    counts = _count_calls(converted, {*names, *others}, batches[0], forward)
-    remaining = [name for name in counts if name in set(names)]
-    if all(counts[name] == 1 for name in remaining):
-        once = {name for name, count in counts.items() if count == 1}
-        for stop in _lockstep(original, converted, remaining, once, batches, forward, memory_limit, tails):
-            if stop.name in remaining:
-                remaining.remove(stop.name)
-            yield stop
-    for name in remaining:
-        yield Stop(name, counts[name], replayed(original, converted, name, counts[name], batches, forward))
+    split = list(names)
+    following = see_what_follows(original, {*split, *others}, batches[0], forward)
+    calls = following.calls if every_call else {}
+    once = {name for name in others if calls.get(name, 1) == 1}
+    found = _tails_in(converted, following.tails) if tails else {}
+    order = {name: index for index, name in enumerate(following.calls)}
+    walker = _Walker(original, converted, batches, forward, set(split), once, following.alive, memory_limit)
+    with walker.watching({each.place for tail in found.values() for each in tail.needs() if each.place}):
+        while walker.due:
+            name = walker.next_stop(order)
+            if name is None:
+                return
+            if calls.get(name, 1) == 1:
+                yield walker.stop_at(name, found.get(name, NO_TAIL))
+            else:
+                reached = [pair.batch for pair in walker.standing(name)]
+                values = partial(_replayed, original, converted, name, calls[name], reached, forward)
+                yield Stop(name, len(reached) * calls[name], values)
+            walker.go_on(name)
 
 
-def _count_calls(model: nn.Module, names: set[str], batch: Batch, forward: Forward | None) -> dict[str, int]:
-    """How often each layer is called on one batch, in the order of first calls."""
-    counts: dict[str, int] = {}
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            counts[name] = counts.get(name, 0) + 1
-
-        return hook
-
-    handles = [m.register_forward_hook(count(n)) for n, m in model.named_modules() if n in names]
-    try:
-        (forward or call)(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
+def _tails_in(converted: nn.Module, tails: Mapping[str, Tail]) -> dict[str, Tail]:
+    """The tails, without shortcuts (and what comes behind them) that go through a layer which is split, and ahead."""
+    known = {"", *_state(converted)}
+    return {
+        name: tail if all(each.parameter in known for each in tail.needs()) else tail.alone()
+        for name, tail in tails.items()
+    }
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: ends a forward pass that has gone far enough
-    """Carries what a partial forward pass was run for."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def replayed(
+class _Run(Pass):
+    """One model on one batch."""
+
+    def __init__(self, model: nn.Module, batch: Batch, forward: Forward | None, threads: int | None) -> None:
+        super().__init__(lambda: (forward or call)(model, batch), threads)
+        self.model, self.batch = model, batch
+        self.shape: torch.Size | None = None  # of the input of the layer that it stands at
+        self.value: Tensor | None = None  # that input or, in the original, the layer's answer
+        self.seen: dict[Place, weakref.ref[Tensor]] = {}  # alive as long as the model itself still needs it
+
+    def at_place(self, place: Place) -> Tensor | None:
+        found = self.seen.get(place)
+        return None if found is None else found()
+
+
+@dataclass
+class _Pair:
+    """One batch on its way through both models."""
+
+    before: _Run
+    after: _Run
+    batch: Batch
+    size: int  # of the batch, in bytes
+    held: float = 0.0  # bytes of features, about
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the original came to the layer too, with an input of the same shape."""
+        return self.before.value is not None and self.before.shape == self.after.shape
+
+    def shortcuts(self, recipe: Recipe, states: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """What will be added to the layer's answer in the two models."""
+        runs = (self.before, self.after)
+        own, other = (recipe.value(run.at_place, state) for run, state in zip(runs, states, strict=True))
+        assert self.before.value is not None
+        if own is None or other is None or not own.shape == other.shape == self.before.value.shape:
+            return None
+        return own, other
+
+    def close(self) -> None:
+        self.held, self.before.value, self.after.value = 0.0, None, None
+        self.before.abandon()
+        self.after.abandon()
+
+
+class _Walker:
+    """All batches on their way, the split layers ahead (`waiting`) and the others that may be stopped at."""
+
+    def __init__(
+        self, original: nn.Module, converted: nn.Module, batches: Sequence[Batch], forward: Forward | None,
+        waiting: set[str], others: set[str], alive: Mapping[str, int], memory_limit: float,
+    ) -> None:  # fmt: skip
+        self.models, self.forward = (original, converted), forward
+        self.waiting, self.others, self.drifted = waiting, others, False
+        self.alive, self.memory_limit = alive, memory_limit
+        self.running: _Run | None = None
+        threads = threads_of_each(2 * len(batches))
+        self.pairs = []
+        for batch in batches:
+            before, after = (_Run(model, batch, forward, threads) for model in self.models)
+            self.pairs.append(
+                _Pair(before, after, batch, sum(t.numel() * t.element_size() for t in tensors_in(batch)))
+            )
+
+    @property
+    def due(self) -> set[str]:
+        """The layers that are stopped at."""
+        return self.waiting | self.others if self.drifted else self.waiting
+
+    def standing(self, name: str) -> list[_Pair]:
+        """The batches that have come to a layer."""
+        return [pair for pair in self.pairs if pair.after.at == name]
+
+    def next_stop(self, order: Mapping[str, int]) -> str | None:
+        """The first layer that batches stand at when all have gone as far as there is room.
+
+        A layer that is not in `order` is on a branch, which leads back to where others stand.
+        """
+        for pair in self.pairs:
+            crowded = sum(each.held for each in self.pairs) > self.memory_limit
+            if pair.after.at is None and not (crowded and self._reached_names()):
+                self._advance(pair)
+        return min(self._reached_names(), key=lambda name: order.get(name, -1), default=None)
+
+    def _reached_names(self) -> set[str]:
+        return {pair.after.at for pair in self.pairs if pair.after.at is not None}
+
+    def _advance(self, pair: _Pair) -> None:
+        """Have a batch come to the next layer in the converted model, then to the same in the original."""
+        name = self._run(pair.after)
+        pair.before.value = None
+        while name is not None and self._run(pair.before) not in (name, None):
+            pass
+        if name is None:
+            pair.close()
+        else:
+            pair.held = 2 * self.alive.get(name, 0) * pair.size / max(1, self.pairs[0].size)
+
+    def _run(self, run: _Run) -> str | None:
+        self.running, run.value = run, None
+        try:
+            at: str | None = run.advance()
+        except Exception as error:  # from the model: say where
+            run_or_explain(run.model, run.batch, self.forward)
+            raise ValueError(f"{type(run.model).__name__} does not run on one of the batches") from error
+        finally:
+            self.running = None
+        return at
+
+    def stop_at(self, name: str, tail: Tail) -> Stop:
+        """What has come to a layer. A shortcut that is not there in every batch is left out of the tail."""
+        pairs = [pair for pair in self.standing(name) if pair.comparable]
+        shortcuts: list[tuple[Tensor, Tensor] | None] = [None] * len(pairs)
+        if tail.shortcut is not None:
+            states = [_state(model) for model in self.models]
+            shortcuts = [pair.shortcuts(tail.shortcut, states) for pair in pairs]
+            if None in shortcuts:
+                tail, shortcuts = tail.alone(), [None] * len(pairs)
+
+        def values() -> Iterator[Value]:
+            for pair, added in zip(pairs, shortcuts, strict=True):
+                assert pair.after.value is not None
+                assert pair.before.value is not None
+                yield pair.after.value, pair.before.value, added
+
+        return Stop(name, len(pairs), values, tail)
+
+    def go_on(self, name: str) -> None:
+        """A layer is done with: it is stopped at no more, and the batches that stand there are free to go on."""
+        self.drifted = self.drifted or name in self.waiting
+        self.waiting.discard(name)
+        self.others.discard(name)
+        for pair in self.standing(name):
+            pair.after.at = pair.after.value = pair.before.value = None
+
+    @contextmanager
+    def watching(self, places: set[Place]) -> Iterator[None]:
+        """Hooks in both models while inside; passes that are under way at the end are ended."""
+        handles, threads = [], torch.get_num_threads()
+        before, after = (dict(model.named_modules()) for model in self.models)
+        try:
+            for name in self.waiting | self.others:
+                handles.append(before[name].register_forward_hook(partial(self._answered, name), with_kwargs=True))
+                handles.append(after[name].register_forward_pre_hook(partial(self._reached, name), with_kwargs=True))
+            for place in places:
+                for module in (before[place.module], after[place.module]):
+                    if place.given:
+                        handles.append(module.register_forward_hook(partial(self._seen_given, place)))
+                    else:
+                        hook = partial(self._seen_taken, place)
+                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+            yield
+        finally:
+            for pair in self.pairs:
+                pair.close()
+            for handle in handles:
+                handle.remove()
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+    def _here(self) -> _Run | None:
+        """The run whose hook this is; None where somebody else runs the model."""
+        return self.running if self.running is not None and self.running.runs_here() else None
+
+    def _reached(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self._here()
+        if run is not None and name in self.due:
+            run.value = first_of(args, kwargs)
+            run.shape = run.value.shape
+            run.stop(name)
+
+    def _answered(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        run = self._here()
+        if run is not None and name in self.due:
+            run.value, run.shape = output, first_of(args, kwargs).shape
+            run.stop(name)
+
+    def _seen_given(self, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        run = self._here()
+        if run is not None and isinstance(output, Tensor):
+            run.seen[place] = weakref.ref(output)
+
+    def _seen_taken(self, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self._here()
+        if run is not None:
+            run.seen[place] = weakref.ref(first_of(args, kwargs))
+
+
+def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call, by position or by name."""
+    return next(iter((*args, *kwargs.values())))
+
+
+def _replayed(
     original: nn.Module,
     converted: nn.Module,
     name: str,
     count: int,
     batches: Sequence[Batch],
     forward: Forward | None,
-) -> Callable[[], Iterator[Value]]:
-    def values() -> Iterator[Value]:
-        for batch in batches:
-            inputs = _run_until(converted, name, count, batch, forward, lambda args, output: args[0].clone())
-            outputs = _run_until(original, name, count, batch, forward, lambda args, output: output.clone())
-            for given, answer in zip(inputs, outputs, strict=False):
+) -> Iterator[Value]:
+    """All calls of a layer in passes of their own, which go no further."""
+    for batch in batches:
+        inputs = _run_until(
+            converted, name, count, batch, forward, lambda given, output: (given.shape, given.clone())
+        )
+        answers = _run_until(
+            original, name, count, batch, forward, lambda given, output: (given.shape, output.clone())
+        )
+        for (shape, given), (original_shape, answer) in zip(inputs, answers, strict=False):
+            if shape == original_shape:
                 yield given, answer, None
-
-    return values
 
 
 def _run_until(
@@ -125,228 +324,21 @@ def _run_until(
     count: int,
     batch: Batch,
     forward: Forward | None,
-    take: Callable[[tuple[Any, ...], Tensor], Tensor],
-) -> list[Tensor]:
+    take: Callable[[Tensor, Tensor], tuple[torch.Size, Tensor]],
+) -> list[tuple[torch.Size, Tensor]]:
     """Run the model until a layer was called `count` times; copies (later steps may be in place) of what to take."""
-    taken: list[Tensor] = []
+    taken: list[tuple[torch.Size, Tensor]] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        taken.append(take(args, output))
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        taken.append(take(first_of(args, kwargs), output))
         if len(taken) == count:
-            raise _Reached(taken)
+            raise Abandoned
 
-    handle = model.get_submodule(name).register_forward_hook(hook)
+    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     try:
         (forward or call)(model, batch)
-    except _Reached:
+    except Abandoned:
         pass
     finally:
         handle.remove()
     return taken
-
-
-def _lockstep(
-    original: nn.Module,
-    converted: nn.Module,
-    split: Iterable[str],
-    once: set[str],
-    batches: Sequence[Batch],
-    forward: Forward | None,
-    memory_limit: int,
-    tails: bool,
-) -> Iterator[Stop]:
-    """Advance both graphs together and stop at each of the layers; ends early where the memory limit is passed."""
-    started = start_lockstep(original, converted, batches, forward)
-    if started is None:
-        return
-    before, after = started
-    walker = _Walker(before, after, set(split), once - set(split), tails)
-    for index in range(len(before.nodes)):
-        yield from walker.visit(index)
-        if walker.finished or before.live_bytes() + after.live_bytes() > memory_limit:
-            return
-
-
-def start_lockstep(
-    original: nn.Module, converted: nn.Module, batches: Sequence[Batch], forward: Forward | None
-) -> tuple[Steps, Steps] | None:
-    """Both models as graphs of the same nodes, ready to be advanced; None where graphs do not tell what they do."""
-    try:
-        graphs = [SplitTracer().trace(scratch_copy(model)) for model in (original, converted)]
-        arguments = [_arguments(original, batch, forward) for batch in batches]
-        before, after = Steps(original, graphs[0], arguments), Steps(converted, graphs[1], arguments)
-        same = _computes_the_same(before, original, batches[0], forward)
-    except Exception:  # tracing runs the model's own code on symbols; whatever fails, replay does not need it
-        return None
-    if not same or [str(n.target) for n in before.nodes] != [str(n.target) for n in after.nodes]:
-        return None
-    return before, after
-
-
-@dataclass
-class _Walker:
-    """Two graphs of the same nodes, the split layers ahead (`waiting`) and the others that may be stopped at.
-
-    `stopped` are the layers it stands before: more than one where a shortcut has layers of its own.
-    """
-
-    before: Steps
-    after: Steps
-    waiting: set[str]
-    others: set[str]
-    tails: bool
-    drifted: bool = False
-    stopped: set[fx.Node] = field(default_factory=set)
-
-    @property
-    def finished(self) -> bool:
-        return not (self.waiting or self.others)
-
-    def visit(self, index: int) -> Iterator[Stop]:
-        """Compute a node in both graphs, unless that was done; stop before it if it is a layer to be repaired."""
-        own, other = self.before.nodes[index], self.after.nodes[index]
-        name = str(other.target)
-        if own in self.before.done:
-            return
-        self.drifted = self.drifted or name in self.waiting
-        if own.op == "call_module" and (name in self.waiting or (name in self.others and self.drifted)):
-            self.before.advance(own)
-            tail = find_tail(self.before.model, own) if self.tails else NO_TAIL
-            shortcut = None if tail.shortcut is None else self._index(tail.shortcut)
-            self.stopped.add(other)
-            early = [] if shortcut is None else self._before_the_shortcut(shortcut)
-            if early is None:
-                tail = replace(tail, shortcut=None, ceiling=None)
-            else:
-                for each in early:
-                    yield from self.visit(each)
-            yield Stop(name, 1, self._values(own, other, tail), tail)
-            self.stopped.remove(other)
-        self.waiting.discard(name)
-        self.others.discard(name)
-        self.before.advance(own)
-        self.after.advance(other)
-
-    def _index(self, node: fx.Node) -> int:
-        return self.before.nodes.index(node)
-
-    def _before_the_shortcut(self, shortcut: int) -> list[int] | None:
-        """The nodes to compute before what is added to a layer is known; None if that needs layers not yet repaired.
-
-        Of two layers whose answers are added to one another, the one stopped at first makes good what the other lost.
-        """
-        missing = self.after.missing(self.after.nodes[shortcut])
-        if missing is None or missing & self.stopped or any(str(each.target) in self.waiting for each in missing):
-            return None
-        return [index for index, each in enumerate(self.after.nodes) if each in missing]
-
-    def _values(self, own: fx.Node, other: fx.Node, tail: Tail) -> Callable[[], Iterator[Value]]:
-        inputs, answers = self.after.values(other.args[0]), self.before.values(own)
-        shortcuts: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(inputs)
-        if tail.shortcut is not None:
-            same = self.after.nodes[self._index(tail.shortcut)]
-            shortcuts = list(zip(self.before.values(tail.shortcut), self.after.values(same), strict=True))
-        return partial(zip, inputs, answers, shortcuts, strict=True)
-
-
-class Steps:
-    """One graph, executed node by node on several batches; values are dropped after their last use.
-
-    Nodes that are due wait until a value is asked for, and are then computed one batch after the other: what lies
-    between two stops is never held for all batches at once.
-    """
-
-    def __init__(self, model: nn.Module, graph: fx.Graph, arguments: list[dict[str, Any]]) -> None:
-        self.model = fx.GraphModule(model, graph)
-        self.interpreter = fx.Interpreter(self.model, garbage_collect_values=False)
-        self.nodes = list(self.model.graph.nodes)
-        self.environments: list[dict[fx.Node, Any]] = [{} for _ in arguments]
-        self.arguments = arguments
-        self.done: set[fx.Node] = set()
-        self.due: list[tuple[fx.Node, list[fx.Node]]] = []  # and the values whose last use each node is
-
-    def advance(self, node: fx.Node) -> None:
-        """Have one node computed for every batch, unless that was done."""
-        if node in self.done:
-            return
-        self.done.add(node)
-        dropped = [
-            u for u in dict.fromkeys((*node.all_input_nodes, node)) if all(user in self.done for user in u.users)
-        ]
-        self.due.append((node, dropped))
-
-    def _catch_up(self) -> None:
-        due, self.due = self.due, []
-        for environment, arguments in zip(self.environments, self.arguments, strict=True):
-            for node, dropped in due:
-                if node.op == "placeholder":
-                    environment[node] = arguments[str(node.target)]
-                else:
-                    self.interpreter.env = environment
-                    environment[node] = self.interpreter.run_node(node)
-                for used in dropped:
-                    environment.pop(used, None)
-
-    def missing(self, node: fx.Node) -> set[fx.Node] | None:
-        """The nodes still to be computed for a value; None where computing them now, out of order, would change it.
-
-        That is so where a node that comes before them works in place on a value that they read.
-        """
-        needed: set[fx.Node] = set()
-        front = [node]
-        while front:
-            each = front.pop()
-            if each not in self.done and each not in needed:
-                needed.add(each)
-                front.extend(each.all_input_nodes)
-        read = {value for each in needed for value in each.all_input_nodes}
-        last = max((index for index, each in enumerate(self.nodes) if each in needed), default=0)
-        skipped = (each for each in self.nodes[:last] if each not in self.done and each not in needed)
-        harmful = any(_in_place(self.model, each) and read & set(each.all_input_nodes) for each in skipped)
-        return None if harmful else needed
-
-    def values(self, node: Any) -> list[Tensor]:
-        """What a node has become, batch by batch."""
-        self._catch_up()
-        return [environment[node] for environment in self.environments]
-
-    def live_bytes(self) -> int:
-        """Memory held by values that are still needed."""
-        tensors = (
-            t for environment in self.environments for value in environment.values() for t in tensors_in(value)
-        )
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _in_place(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") or node.target in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace", False))
-
-
-def _arguments(model: nn.Module, batch: Batch, forward: Forward | None) -> dict[str, Any]:
-    """The arguments of the model's forward by name, defaults included, for one batch."""
-
-    class Listener(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            raise _Reached((args, kwargs))
-
-    try:
-        (forward or call)(Listener(), batch)
-    except _Reached as reached:
-        args, kwargs = reached.value
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        return dict(bound.arguments)
-    raise ValueError("forward= never calls the model it is given")
-
-
-def _computes_the_same(steps: Steps, model: nn.Module, batch: Batch, forward: Forward | None) -> bool:
-    """Whether the graph gives what the model gives: a traced branch may not be the one the model takes."""
-    arguments = _arguments(model, batch, forward)
-    wanted = list(tensors_in(model(**arguments)))
-    got = list(tensors_in(fx.Interpreter(steps.interpreter.module).run(*arguments.values())))
-    return len(wanted) == len(got) and all(
-        w.shape == g.shape and torch.allclose(w, g, rtol=1e-3, atol=1e-5) for w, g in zip(wanted, got, strict=True)
-    )

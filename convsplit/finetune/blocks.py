@@ -7,18 +7,22 @@ model does not trace, it is the smallest module around a split layer that takes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from convsplit.data.walk import Steps, replayed, start_lockstep
+from convsplit.data.walk import first_of, walk
+from convsplit.finetune.steps import Steps, start_lockstep
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.copies import scratch_copy
-from convsplit.model.running import Batch, Forward, observe_calls
+from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 
 MOST_LAYERS = 8  # split layers in a span; more of them are no block any longer
 _GOES_ON = ("batchnorm", "activation", "dropout", "normalization", "instancenorm")  # modules of torch.nn
@@ -50,8 +54,11 @@ def walk_blocks(
     split = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
     started = start_lockstep(original, converted, batches, forward)
     if started is not None:
-        spans = find_spans(started[1].nodes, started[1].model, set(split))
-        if spans and max(len(_layers_in(started[1].nodes[a + 1 : b + 1], split)) for a, b in spans) <= MOST_LAYERS:
+        nodes = started[1].nodes
+        spans = find_spans(nodes, started[1].model, set(split))
+        held = [_layers_in(nodes[start + 1 : end + 1], split) for start, end in spans]
+        covered = {name for names in held for name in names} == set(_layers_in(nodes, split))
+        if spans and covered and max(map(len, held)) <= MOST_LAYERS:
             return len(spans), _by_spans(*started, spans, split)
     names = find_modules(converted, set(split), batches[0], forward)
     return len(names), _by_modules(original, converted, names, batches, forward)
@@ -64,11 +71,13 @@ def find_spans(nodes: Sequence[fx.Node], model: nn.Module, split: set[str]) -> l
     last_use = [
         max((position[user] for user in node.users), default=-1) if node.op != "get_attr" else -1 for node in nodes
     ]
+    inputs = max((position[node] for node in nodes if node.op == "placeholder" and node.users), default=0)
     cuts, reach = [], -1
     for index, node in enumerate(nodes):
         if node.op == "output":
             break
-        if reach <= index and last_use[index] > index and node.op != "get_attr" and _ends(nodes, index, model):
+        passes_alone = index >= inputs and reach <= index < last_use[index]
+        if passes_alone and node.op != "get_attr" and _ends(nodes, index, model):
             cuts.append(index)
         reach = max(reach, last_use[index])
     spans, start = [], None
@@ -121,7 +130,8 @@ class _Span:
     def __init__(self, model: fx.GraphModule, start: int, end: int) -> None:
         self.interpreter = fx.Interpreter(model, garbage_collect_values=False)
         nodes = list(model.graph.nodes)
-        self.start, self.own = nodes[start], nodes[start + 1 : end + 1]
+        self.start = nodes[start]
+        self.own = [node for node in nodes[start + 1 : end + 1] if node.op != "placeholder"]  # which nobody reads
         weights = {used for node in self.own for used in node.all_input_nodes if used.op == "get_attr"}
         self.weights = [node for node in nodes[:start] if node in weights]
 
@@ -136,26 +146,40 @@ class _Span:
 
 def find_modules(converted: nn.Module, split: set[str], batch: Batch, forward: Forward | None) -> list[str]:
     """The smallest modules around split layers that map a tensor to one, or the layers, in the order of first calls."""
-    calls, _ = observe_calls(scratch_copy(converted), batch, forward)
-    around = dict.fromkeys(_around(name, calls) for name in calls if name in split)
+    copied = scratch_copy(converted)
+    arguments: dict[str, list[int]] = {}  # how many there were in each call
+
+    def count(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tensors = isinstance(first_of(args, kwargs), Tensor) and isinstance(output, Tensor)
+        arguments.setdefault(name, []).append(len(args) + len(kwargs) if tensors else 0)
+
+    handles = [m.register_forward_hook(partial(count, n), with_kwargs=True) for n, m in copied.named_modules()]
+    try:
+        with quiet_run(copied):
+            run_or_explain(copied, batch, forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    around = dict.fromkeys(_around(name, arguments) for name in arguments if name in split)
     return [name for name in around if not any(name != other and name.startswith(f"{other}.") for other in around)]
 
 
-def _around(name: str, calls: dict[str, Any]) -> str:
-    """The parent of a split layer, if it is called, once and with one tensor; not the whole model."""
+def _around(name: str, arguments: dict[str, list[int]]) -> str:
+    """The parent of a split layer, if it is called, once and with one tensor alone; not the whole model."""
     parent = name.rpartition(".")[0]
-    return parent if parent and len(calls.get(parent, ())) == 1 else name
+    return parent if parent and arguments.get(parent) == [1] else name
 
 
 def _by_modules(
     original: nn.Module, converted: nn.Module, names: list[str], batches: Sequence[Batch], forward: Forward | None
 ) -> Iterator[Block]:
-    for name in names:
-        module = converted.get_submodule(name)
-        layers = tuple(m for m in module.modules() if isinstance(m, SeparableConv2d))
-        calls = 1  # the first call of a layer that is called more often stands for all
-        pairs = list(replayed(original, converted, name, calls, batches, forward)())
-        yield Block(name, layers, _Module(module), [x for x, _, _ in pairs], [y for _, y, _ in pairs])
+    stops = walk(original, converted, names, (), batches, forward, math.inf, tails=False, every_call=False)
+    with closing(stops):
+        for stop in stops:
+            module = converted.get_submodule(stop.name)
+            layers = tuple(m for m in module.modules() if isinstance(m, SeparableConv2d))
+            pairs = [(x.clone(), y.clone()) for x, y, _ in stop.values()]  # modules may work on them in place
+            yield Block(stop.name, layers, _Module(module), [x for x, _ in pairs], [y for _, y in pairs])
 
 
 class _Module:

@@ -29,7 +29,7 @@ class Fit:
     kernel: Tensor  # [G, O, I, K], as fitted so far
     has_bias = True  # split layers get one where there is none
 
-    def take(self, stop: Stop, batches: int) -> Samples:
+    def take(self, stop: Stop) -> Samples:
         """Samples of what the kernel is applied to."""
         raise NotImplementedError
 
@@ -54,9 +54,9 @@ class DenseKernel(Fit):
         self.kernel = layer.weight.detach().double().reshape(original.shape)
         self.has_bias = layer.bias is not None
 
-    def take(self, stop: Stop, batches: int) -> Samples:
+    def take(self, stop: Stop) -> Samples:
         assert isinstance(self.layer, nn.Conv2d)
-        return take_samples(self.layer, stop, batches, self.layer.groups, nn.Identity())
+        return take_samples(self.layer, stop, self.layer.groups, nn.Identity())
 
     def store(self, bias: Tensor) -> None:
         self.layer.weight.copy_(self.kernel.reshape(self.layer.weight.shape))
@@ -77,9 +77,9 @@ class AllFactors(Fit):
         self.factors = factors
         self.kernel = Factors.joined(factors).kernel(*self.original.shape[1:3])
 
-    def take(self, stop: Stop, batches: int) -> Samples:
+    def take(self, stop: Stop) -> Samples:
         pad = self.layer.stages.get("pad", nn.Identity())
-        return take_samples(self.layer.depthwise, stop, batches, self.layer.groups, pad)
+        return take_samples(self.layer.depthwise, stop, self.layer.groups, pad)
 
     def fit(self, problems: list[Quadratic]) -> None:
         form, even = form_named(self.layer.form), self.layer.even
@@ -115,10 +115,10 @@ class LastPointwise(Fit):
         self.layer, self.factors = layer, factors
         self.kernel = self.original = factors.outputs.double().unsqueeze(3)  # [G, O, R, 1]
 
-    def take(self, stop: Stop, batches: int) -> Samples:
+    def take(self, stop: Stop) -> Samples:
         *before, (_, last) = self.layer.stages.items()
         assert isinstance(last, nn.Conv2d)
-        return take_samples(last, stop, batches, last.groups, nn.Sequential(OrderedDict(before)))
+        return take_samples(last, stop, last.groups, nn.Sequential(OrderedDict(before)))
 
     def store(self, bias: Tensor) -> None:
         self.layer.load_factors(replace(self.factors, outputs=self.kernel.squeeze(3)).balanced())
@@ -135,14 +135,14 @@ class BiasAlone(Fit):
         eye = torch.eye(layer.out_channels, dtype=torch.float64, device=layer.depthwise.weight.device)
         self.kernel = self.original = eye[None, :, :, None]
 
-    def take(self, stop: Stop, batches: int) -> Samples:
+    def take(self, stop: Stop) -> Samples:
         O, bias = self.layer.out_channels, self.layer.bias
 
         def unbiased(x: Tensor) -> Tensor:
             answer: Tensor = self.layer(x)
             return answer if bias is None else answer - bias[:, None, None]
 
-        return take_samples(nn.Conv2d(O, O, 1, device="meta"), stop, batches, 1, unbiased)
+        return take_samples(nn.Conv2d(O, O, 1, device="meta"), stop, 1, unbiased)
 
     def fit(self, problems: list[Quadratic]) -> None:
         pass

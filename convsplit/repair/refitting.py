@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,14 @@ from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.guards import plain_arithmetic
-from convsplit.model.running import Forward, quiet_run, run_or_explain
+from convsplit.model.running import Forward, quiet_run
 from convsplit.progress import track
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
+from convsplit.repair.recalibration import recalibrate as recalibrate
 from convsplit.repair.samples import Moments, Samples
 from convsplit.repair.solve import Metric, best_bias, quadratics
 
-MEMORY_LIMIT = 4 << 30  # bytes of features kept between layers before the walk falls back to recomputing them
+MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in all
 STAGES = ("all", "last", "bias")
 TARGETS = ("activation", "layer")
 ROUNDS = 4  # of moving the target behind a ReLU
@@ -108,16 +109,16 @@ def refit(
     others = _dense_layers(converted, modules) if dense else []
     repaired: list[Repaired] = []
     with quiet_run(converted, original):
-        run_or_explain(original, data[0], forward)
         metrics = {} if target == "layer" else measure_sensitivity(original, layers, data, forward, seed=seed)
         stops = walk(original, converted, layers, others, data, forward, MEMORY_LIMIT, tails=target == "activation")
-        for stop in track(stops, "Refitting", progress=progress):
-            layer = converted.get_submodule(stop.name)
-            assert isinstance(layer, SeparableConv2d | nn.Conv2d)
-            fit = fit_of(layer, _kernel(modules[stop.name]), stages, seed)
-            samples = fit.take(stop, stop.calls * len(data))
-            metric = None if target == "layer" else _metric(layer, metrics.get(stop.name), samples.tail)
-            repaired.append(_repair(stop.name, fit, samples, metric, ridge))
+        with closing(stops):
+            for stop in track(stops, "Refitting", progress=progress):
+                layer = converted.get_submodule(stop.name)
+                assert isinstance(layer, SeparableConv2d | nn.Conv2d)
+                fit = fit_of(layer, _kernel(modules[stop.name]), stages, seed)
+                samples = fit.take(stop)
+                metric = None if target == "layer" else _metric(layer, metrics.get(stop.name), samples.tail)
+                repaired.append(_repair(stop.name, fit, samples, metric, ridge))
     return tuple(repaired)
 
 

@@ -85,10 +85,8 @@ def _answer(sample: Sample, kernel: Tensor, bias: Tensor) -> Tensor:
     return (weights @ sample.patches).flatten(0, 1) + bias.to(sample.patches)[:, None]
 
 
-def take_samples(
-    reader: nn.Conv2d, stop: Stop, batches: int, groups: int, before: Callable[[Tensor], Tensor]
-) -> Samples:
-    """Sample what the walk has stopped at; `batches` says how many to expect, so as to thin out from the first on.
+def take_samples(reader: nn.Conv2d, stop: Stop, groups: int, before: Callable[[Tensor], Tensor]) -> Samples:
+    """Sample what the walk has stopped at, thinned out as the number of calls allows.
 
     Patches are those that `reader` sees of what comes out of `before`.
 
@@ -103,7 +101,7 @@ def take_samples(
             shortcuts = shortcuts and (shortcuts[0].unsqueeze(0), shortcuts[1].unsqueeze(0))
         if index == 0:
             unknowns = reader.in_channels * math.prod(reader.kernel_size)
-            step = thinning(answers.shape[-2:], len(answers) * batches, unknowns)
+            step = thinning(answers.shape[-2:], len(answers) * stop.calls, unknowns)
         added = shortcuts and (sampled_outputs(shortcuts[0], step, index), sampled_outputs(shortcuts[1], step, index))
         patches = sampled_patches(reader, groups, before(inputs), answers.shape[-2:], step, index)
         sample = Sample(patches, sampled_outputs(answers, step, index), added)
