@@ -52,10 +52,42 @@ def test_two_processes_find_what_one_finds(tmp_path):
         for key, value in states[step, 0].items():
             assert torch.equal(value, states[step, 1][key]), f"{step}: {key}"
     alone = small_net()
-    data = list(images(64).split(16))
+    data, threads = list(images(64).split(16)), torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two processes have
     whole = convsplit.convert(alone, images(), budget=convsplit.Budget(params=0.3), calibration=data)
     for key, value in whole.state_dict().items():
-        torch.testing.assert_close(states["converted", 0][key], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(states["converted", 0][key], value, rtol=1e-5, atol=1e-5)
+    torch.set_num_threads(threads)
+
+
+UNEQUAL = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from residual import images, small_net
+import convsplit
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+model = small_net()
+own = list(images(64).split(16))[: 3 - 2 * rank]
+converted = convsplit.convert(model, images(), budget=convsplit.Budget(params=0.3), calibration=own)
+torch.save(converted.state_dict(), f"{folder}/unequal{{rank}}.pt")
+try:
+    convsplit.refit(converted, model, own if rank else [])
+except ValueError as error:
+    print("refused:", error)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(300)
+def test_unequal_shares_neither_hang_nor_differ(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(UNEQUAL.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    assert torchrun(script).count("refused: one of the processes has no batches") == 2
+    states = [torch.load(tmp_path / f"unequal{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 @pytest.mark.slow

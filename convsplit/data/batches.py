@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from convsplit.data.processes import all_reduced
 from convsplit.model.running import Batch, batches_in, tensors_in
+from convsplit.progress import ConversionWarning
 
 
 def checked_batches(batches: Any) -> list[Batch]:
@@ -18,6 +21,12 @@ def checked_batches(batches: Any) -> list[Batch]:
         ValueError: no batches, or one with NaN or infinite values (says which).
     """
     data = list(batches_in(batches))
+    counts = all_reduced(torch.tensor([len(data), -len(data)]), "MAX").tolist()
+    if counts[0] and not counts[1]:
+        raise ValueError("one of the processes has no batches: deal them out so that each has some")
+    if counts[0] != -counts[1]:
+        text = f"processes have from {-counts[1]} to {counts[0]} batches: each position counts the same, whoever has it"
+        warnings.warn(text, ConversionWarning, stacklevel=3)
     if not data:
         raise ValueError("no batches: give some unlabelled inputs to calibrate on")
     for index, batch in enumerate(data):

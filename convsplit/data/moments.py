@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from convsplit.data.processes import all_reduced, is_shared
+from convsplit.data.processes import all_reduced, all_reduced_each, is_shared
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 from convsplit.precision import widened
 from convsplit.spec import Pair
@@ -108,6 +108,7 @@ def measure_marginals(
     sums: dict[str, list[Tensor]] = {}
     seen = dict.fromkeys(convs, 0)
     modules = dict(model.named_modules())
+    count = int(all_reduced(torch.tensor(len(batches))))  # once: hooks of several processes do not run in step
 
     def watch(name: str, conv: nn.Conv2d) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -115,8 +116,7 @@ def measure_marginals(
             if x.dim() == 3:
                 x, y = x.unsqueeze(0), y.unsqueeze(0)
             positions = math.prod(conv.kernel_size)
-            images = y.shape[0] * len(batches)
-            step = thinning(y.shape[-2:], images, conv.in_channels, positions, limit=SAMPLE_BYTES // 4)
+            step = thinning(y.shape[-2:], y.shape[0] * count, conv.in_channels, positions, limit=SAMPLE_BYTES // 4)
             patches = sampled_patches(conv, conv.groups, x, y.shape[-2:], step, seen[name])
             seen[name] += 1
             patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
@@ -135,7 +135,8 @@ def measure_marginals(
     finally:
         for handle in handles:
             handle.remove()
-    reached = {name: [all_reduced(part) for part in sums[name]] for name in convs if name in sums}
+    found = [all_reduced_each({name: parts[which] for name, parts in sums.items()}, convs) for which in range(2)]
+    reached = {name: [each[name] for each in found] for name in convs if name in found[0]}
     return {name: Marginals(*(part / part.diagonal(dim1=1, dim2=2).mean() for part in parts))
             for name, parts in reached.items()}  # fmt: skip
 
@@ -143,13 +144,13 @@ def measure_marginals(
 def thinning(
     output_hw: Sequence[int], images: int, channels: int, positions: int = 1, limit: int = SAMPLE_BYTES
 ) -> Pair:
-    """How far apart positions of outputs may lie in each axis, so that enough of them remain for all processes.
+    """How far apart positions of outputs may lie in each axis, so that enough remain of `images` (in all processes).
 
     Enough for each of `channels` unknowns, in float32 patches of `positions` values a channel that take `limit` bytes.
     """
     height, width = output_hw
     affordable = limit / (4 * channels * positions)
-    everything = all_reduced(torch.tensor(images)).item() * height * width
+    everything = images * height * width
     apart = everything / min(POSITIONS_PER_UNKNOWN * channels, affordable)
     across = min(max(1, round(math.sqrt(apart))), width)
     down = min(max(1, round(apart / across)), height)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
 from torch import Tensor, distributed
 
 
@@ -17,3 +21,24 @@ def all_reduced(part: Tensor, operation: str = "SUM") -> Tensor:
 def is_shared() -> bool:
     """Whether several processes work together, each on its own share of inputs."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def all_reduced_each(parts: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The sums [n, n] or [G, n, n] of each name over all processes, in two messages; one may lack what others have."""
+    names = list(names)
+    if not is_shared():
+        return {name: parts[name] for name in names if name in parts}
+    shapes = torch.zeros(len(names), 3, dtype=torch.int64)
+    for shape, name in zip(shapes, names, strict=True):
+        if name in parts:
+            shape[3 - parts[name].dim() :] = torch.tensor(parts[name].shape)
+    shapes = all_reduced(shapes, "MAX")
+    sizes = [[int(side) for side in shape if side] for shape in shapes]
+    found = {name: size for name, size in zip(names, sizes, strict=True) if size}
+    if not found:
+        return {}
+    device = next((part.device for part in parts.values()), torch.device("cpu"))
+    held = [parts[n].flatten() if n in parts else torch.zeros(math.prod(size)) for n, size in found.items()]
+    flat = all_reduced(torch.cat([part.to(device, torch.float64) for part in held]))
+    totals = torch.split(flat, [len(part) for part in held])
+    return {name: total.reshape(size) for (name, size), total in zip(found.items(), totals, strict=True)}

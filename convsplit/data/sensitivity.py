@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.data.processes import all_reduced
+from convsplit.data.processes import all_reduced_each
 from convsplit.model.copies import scratch_copy
 from convsplit.model.running import Batch, Forward, call, tensors_in
 
@@ -65,12 +65,14 @@ def measure_sensitivity(
                 seen += taps[0][1].shape[0] if taps else 0
                 if seen >= IMAGES:
                     break
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError):  # something on the way has no derivative
         return {}
     finally:
         for handle in handles:
             handle.remove()
-    moments = {name: all_reduced(sums[name]) for name in sorted(sums)}
+    moments = all_reduced_each(sums, sorted(wanted_names))
     return {name: F / F.diagonal().mean() for name, F in moments.items() if F.diagonal().mean() > 0}
 
 
