@@ -315,7 +315,7 @@ def test_blocks_of_models_with_several_inputs(late):
 
         def forward(self, x, scale=None):
             y = torch.relu(self.first(x))
-            return self.second(y * scale) if late else self.second(input=y)
+            return self.second(y * scale if late else y)
 
     torch.manual_seed(0)
     model = Scaled().eval()

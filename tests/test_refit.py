@@ -20,6 +20,7 @@ from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import NO_TAIL
 from convsplit.data.walk import Stop, walk
 from convsplit.forms import FORMS, Factors, grouped
+from convsplit.lowrank import cp
 from convsplit.repair.fits import AllFactors, LastPointwise
 from convsplit.repair.samples import Moments, Sample, Samples, take_samples
 from convsplit.repair.solve import Metric, Quadratic, fit_factors, improved, quadratics
@@ -243,10 +244,8 @@ def test_an_error_of_the_model_says_where_and_leaves_nothing_behind():
     converted = copy.deepcopy(model)
     converted.bright = nn.Conv2d(5, 4, 1)
     wrong = r"module 'bright' \(Conv2d\) got \(1, 4, 7, 7\)"
-    for other, data, message in (
-        (copy.deepcopy(model), [x, 1e6 * x], "ArithmeticError: 'too bright'"),
-        (converted, [x] * 3, wrong),
-    ):
+    bright = "ArithmeticError: 'too bright'"
+    for other, data, message in ((copy.deepcopy(model), [x, 1e6 * x], bright), (converted, [x] * 3, wrong)):
         stops = walk(model, other, ["first", "last"], (), data, None, math.inf)
         with torch.no_grad(), pytest.raises(ValueError, match=message):
             list(stops)
@@ -629,3 +628,39 @@ def test_blocks_whose_shortcut_has_a_convolution_of_its_own():
     repaired = convsplit.refit(converted, model, list(images(64).split(16)))
     assert {"middle", "expand", "shortcut"} <= {layer.name for layer in repaired}
     assert drift(model, converted, images(64, seed=1)) < 0.95 * before
+
+
+def test_time_is_kept_and_said():
+    model, converted = converted_net()
+    before = copy.deepcopy(converted)
+    with pytest.warns(convsplit.progress.ConversionWarning, match="ended after 0 s: 0 layers are repaired"):
+        assert convsplit.refit(converted, model, list(images(64).split(16)), seconds=0) == ()
+    assert same_weights(before, converted)
+    assert len(convsplit.refit(converted, model, list(images(64).split(16)), seconds=1000)) >= 6
+    assert walking() == 0
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_fit_at_hand_is_begun_with():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(8, 12, 3), torch.randn(64, 8, 9, 9)
+    good = cp(grouped(conv.weight.detach(), 1), 30, iterations=200)
+    errors = []
+    for starts in ({}, {"": [good]}):
+        layer = SeparableConv2d.from_conv(conv, form="pw-dw-pw", rank=30)
+        for p in layer.parameters():
+            p.data.normal_()  # nothing to go on from
+        errors.append(convsplit.refit(layer, conv, x, starts=starts)[0].after)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_running_out_of_memory_is_not_taken_for_a_missing_derivative(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_sensitivity(nn.Sequential(nn.Conv2d(3, 2, 1)), ["0"], [torch.zeros(1, 3, 8, 8)])

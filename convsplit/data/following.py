@@ -82,6 +82,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             self.known[value] = Name(parameter=name)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it is never compiled, and marking it so would import the compiler, which takes seconds
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.clock += 1
         name = self.modules[module]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,10 +17,26 @@ from torch import Tensor, nn
 from convsplit.data.walk import Stop
 from convsplit.forms import Factors, form_named
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.repair.samples import Samples, take_samples
-from convsplit.repair.solve import Quadratic, fit_factors, with_last_stage
+from convsplit.lowrank import CP
+from convsplit.repair.samples import Moments, Samples, take_samples
+from convsplit.repair.solve import Metric, Quadratic, best_bias, fit_factors, quadratics, with_last_stage
 
+SMALL = 600  # unknowns up to which the products of a fit are computed on one thread
 MOST_UNKNOWNS = 5000  # inputs of a convolution, times kernel positions: what closed form is affordable for
+
+
+@contextmanager
+def one_thread(small: bool) -> Iterator[None]:
+    """Compute on one thread what is `small`: several would wait for one another wherever a core has other work."""
+    threads = torch.get_num_threads()
+    if not small or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Fit:
@@ -33,6 +51,17 @@ class Fit:
         """Samples of what the kernel is applied to."""
         raise NotImplementedError
 
+    def centred(self, moments: Moments) -> Moments:
+        """The moments about the means, which a bias makes good; about zero where there is none."""
+        return moments if self.has_bias else moments.uncentred()
+
+    def fit_to(self, moments: Moments, metrics: list[Metric], F: Tensor | None) -> Tensor:
+        """Fit to moments, in the metrics of each group's inputs and F [G·O, G·O] of the outputs; returns the bias."""
+        centred = self.centred(moments)
+        with one_thread(moments.patches.shape[1] <= SMALL):
+            self.fit(quadratics(self.original, centred, metrics, F))
+        return best_bias(self.kernel, centred)
+
     def fit(self, problems: list[Quadratic]) -> None:
         """Move the kernel to the minimum of each group's quadratic."""
         self.kernel = torch.stack([problem.best for problem in problems])
@@ -41,9 +70,9 @@ class Fit:
         """Put what was found into the layer."""
         raise NotImplementedError
 
-    def narrowed(self, samples: Samples) -> tuple[Fit, Samples]:
-        """What further rounds go on with: the last stage alone where it can be told apart."""
-        return self, samples
+    def narrowed(self) -> tuple[Fit, Tensor | None]:
+        """What further rounds go on with: the last stage alone, behind filters [G, R, P], where there is one."""
+        return self, None
 
 
 class DenseKernel(Fit):
@@ -69,9 +98,20 @@ class AllFactors(Fit):
 
     layer: SeparableConv2d
 
-    def __init__(self, layer: SeparableConv2d, original: Tensor, *, fresh: bool, seed: int) -> None:
+    def __init__(
+        self, layer: SeparableConv2d, original: Tensor, *, fresh: bool, seed: int, starts: Sequence[CP] = ()
+    ) -> None:
         self.layer, self.original, self.fresh, self.seed = layer, original, fresh, seed
+        self.starts = [
+            Factors(spatial=fit.C.mT, outputs=fit.A, inputs=fit.B.mT).to(torch.float64).by_group()
+            for fit in starts
+            if form_named(layer.form).expands and form_named(layer.form).projects and fit.A.shape[2] == self._rank
+        ]
         self._hold(layer.factors().to(torch.float64).by_group())
+
+    @property
+    def _rank(self) -> int:
+        return self.layer.components // self.layer.groups
 
     def _hold(self, factors: list[Factors]) -> None:
         self.factors = factors
@@ -85,10 +125,10 @@ class AllFactors(Fit):
         form, even = form_named(self.layer.form), self.layer.even
         self._hold(
             [
-                fit_factors(problem, form, factors, even=even, seed=self.seed)
+                fit_factors(problem, form, factors, even=even, seed=self.seed, starts=[s[group] for s in self.starts])
                 if self.fresh
                 else with_last_stage(problem, factors)
-                for problem, factors in zip(problems, self.factors, strict=True)
+                for group, (problem, factors) in enumerate(zip(problems, self.factors, strict=True))
             ]
         )
         self.fresh = False
@@ -97,12 +137,11 @@ class AllFactors(Fit):
         self.layer.load_factors(Factors.joined(self.factors).balanced())
         self.layer.add_bias().copy_(bias)
 
-    def narrowed(self, samples: Samples) -> tuple[Fit, Samples]:
+    def narrowed(self) -> tuple[Fit, Tensor | None]:
         factors = Factors.joined(self.factors)
         if factors.outputs is None:
-            return self, samples
-        filters = factors.filters(self.original.shape[2]).flatten(2)
-        return LastPointwise(self.layer, factors), samples.through(filters)
+            return self, None
+        return LastPointwise(self.layer, factors), factors.filters(self.original.shape[2]).flatten(2)
 
 
 class LastPointwise(Fit):
@@ -151,7 +190,9 @@ class BiasAlone(Fit):
         self.layer.add_bias().copy_(bias)
 
 
-def fit_of(layer: SeparableConv2d | nn.Conv2d, original: Tensor, stages: str, seed: int) -> Fit:
+def fit_of(
+    layer: SeparableConv2d | nn.Conv2d, original: Tensor, stages: str, seed: int, starts: Sequence[CP] = ()
+) -> Fit:
     """What is fitted of a layer with an original kernel [G, O, I, K]: as much of `stages` as closed form can afford."""
     if not isinstance(layer, SeparableConv2d):
         return DenseKernel(layer, original)
@@ -160,7 +201,7 @@ def fit_of(layer: SeparableConv2d | nn.Conv2d, original: Tensor, stages: str, se
         return BiasAlone(layer)
     if projects and (wide or stages == "last"):
         return LastPointwise(layer, layer.factors())
-    return AllFactors(layer, original, fresh=stages == "all", seed=seed)
+    return AllFactors(layer, original, fresh=stages == "all", seed=seed, starts=starts)
 
 
 def unknowns(layer: SeparableConv2d | nn.Conv2d) -> int:

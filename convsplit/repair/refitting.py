@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.data.batches import checked_batches
+from convsplit.data.processes import all_reduced
 from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import Tail
 from convsplit.data.walk import walk
 from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers.separable import SeparableConv2d
+from convsplit.lowrank import CP
 from convsplit.model.guards import plain_arithmetic
 from convsplit.model.running import Forward, quiet_run
-from convsplit.progress import track
+from convsplit.progress import ConversionWarning, track
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
-from convsplit.repair.recalibration import recalibrate as recalibrate
 from convsplit.repair.samples import Moments, Samples
-from convsplit.repair.solve import Metric, best_bias, quadratics
+from convsplit.repair.solve import Metric
 
 MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in all
 STAGES = ("all", "last", "bias")
@@ -57,14 +60,21 @@ def refit(
     target: str = "activation",
     dense: bool = True,
     ridge: float = 1e-3,
+    seconds: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    starts: Mapping[str, Sequence[CP]] | None = None,
 ) -> tuple[Repaired, ...]:
     """Fit the split layers of `converted`, in place, to what `original` makes of some unlabelled inputs.
 
     Layers are taken in the order of execution. Each one's factors and bias are fitted by least squares so that, on
     the features that reach it in the already repaired converted model, the model goes on as the original does; this
     also repairs what layers before it did. No gradient step is taken; batch norm and everything else stay as they are.
+    Every layer is changed at once or not at all: after Ctrl-C or an error, those reached so far are repaired.
+
+    Beside the two models, the batches and what one forward pass takes, memory holds features of the passes under way
+    (`MEMORY_LIMIT`, a gibibyte), patches of one layer (`moments.SAMPLE_BYTES`) and some matrices as large as the square
+    of its unknowns.
 
     Args:
         converted: from `convert` or `apply_plan`; changed in place. A split layer without bias gets one.
@@ -77,8 +87,10 @@ def refit(
             metric of the outputs' sensitivity to it; "layer" the layer's own output.
         dense: also refit the convolutions left dense behind the first split one: they can make good what it lost.
         ridge: pull towards the original weights, relative to the mean variance of a layer's inputs.
+        seconds: begin with no further layer after so long; a warning says how many layers were reached.
         seed: fixes the start of CP and the directions in which sensitivity is measured.
         progress: show a progress bar; by default only on a terminal.
+        starts: CP fits of layers that are at hand, to begin with the best of them.
 
     Returns:
         for each repaired layer, the relative squared error of what the model goes on with, before and after.
@@ -100,6 +112,7 @@ def refit(
         raise ValueError(f"stages={stages!r}; want one of {', '.join(map(repr, STAGES))}")
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; want one of {', '.join(map(repr, TARGETS))}")
+    began = time.monotonic()
     data = checked_batches(batches)
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
     modules = dict(original.named_modules())
@@ -112,14 +125,29 @@ def refit(
         metrics = {} if target == "layer" else measure_sensitivity(original, layers, data, forward, seed=seed)
         stops = walk(original, converted, layers, others, data, forward, MEMORY_LIMIT, tails=target == "activation")
         with closing(stops):
-            for stop in track(stops, "Refitting", progress=progress):
+            for stop in track(stops, "Refitting", total=len(layers) + len(others), progress=progress):
+                if _is_over(began, seconds):
+                    text = f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were"
+                    warnings.warn(text, ConversionWarning, stacklevel=4)  # past the decorators
+                    break
                 layer = converted.get_submodule(stop.name)
                 assert isinstance(layer, SeparableConv2d | nn.Conv2d)
-                fit = fit_of(layer, _kernel(modules[stop.name]), stages, seed)
+                fit = fit_of(layer, _kernel(modules[stop.name]), stages, seed, (starts or {}).get(stop.name, ()))
                 samples = fit.take(stop)
+                if not samples.batches:
+                    text = f"{stop.name}: no batch leads to inputs of one shape in both models, so it is not repaired"
+                    warnings.warn(text, ConversionWarning, stacklevel=4)
+                    continue
                 metric = None if target == "layer" else _metric(layer, metrics.get(stop.name), samples.tail)
                 repaired.append(_repair(stop.name, fit, samples, metric, ridge))
     return tuple(repaired)
+
+
+def _is_over(began: float, seconds: float | None) -> bool:
+    """Whether the time is up, in any process."""
+    if seconds is None:
+        return False
+    return bool(all_reduced(torch.tensor(float(time.monotonic() - began > seconds)), "MAX"))
 
 
 def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: float) -> Repaired:
@@ -127,19 +155,16 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
     bias = fit.layer.bias
     bias = torch.zeros(len(samples.batches[0].answers)) if bias is None else bias.double()
     before = samples.error(fit.kernel, bias)
-    for phase, rounds in enumerate((1, ROUNDS) if samples.tail.ceiling is not None else (1,)):
-        targets = samples.targets()
-        if phase:  # there is a ReLU, and something to start from
-            targets = samples.nearest_targets(fit.kernel, bias)
-            fit, samples = fit.narrowed(samples)
-        moments = Moments.of(samples, targets)
-        metrics = Metric.of(moments if fit.has_bias else moments.uncentred(), fit.original.shape[3], ridge)
-        for moved in range(rounds):
-            if moved:
-                moments = moments.towards(samples, samples.nearest_targets(fit.kernel, bias))
-            centred = moments if fit.has_bias else moments.uncentred()
-            fit.fit(quadratics(fit.original, centred, metrics, F))
-            bias = best_bias(fit.kernel, centred)
+    moments = Moments.of(samples, samples.targets())
+    bias = fit.fit_to(moments, Metric.of(fit.centred(moments), fit.original.shape[3], ridge), F)
+    if samples.tail.ceiling is not None:  # there is a ReLU, and now something to start from
+        fit, filters = fit.narrowed()
+        if filters is not None:
+            samples, moments = samples.through(filters), moments.through(filters)
+        metrics = Metric.of(fit.centred(moments), fit.original.shape[3], ridge)
+        for _ in range(ROUNDS):
+            moments = moments.towards(samples, samples.nearest_targets(fit.kernel, bias))
+            bias = fit.fit_to(moments, metrics, F)
     after = samples.error(fit.kernel, bias)
     if after < before:
         with _whole(fit.layer):

@@ -91,7 +91,7 @@ def take_samples(reader: nn.Conv2d, stop: Stop, groups: int, before: Callable[[T
     Patches are those that `reader` sees of what comes out of `before`.
 
     Raises:
-        ValueError: no batch reached the layer, or one with NaN or infinite values (says which).
+        ValueError: a batch led to NaN or infinite values (says which).
     """
     taken: list[Sample] = []
     step = (1, 1)
@@ -101,16 +101,20 @@ def take_samples(reader: nn.Conv2d, stop: Stop, groups: int, before: Callable[[T
             shortcuts = shortcuts and (shortcuts[0].unsqueeze(0), shortcuts[1].unsqueeze(0))
         if index == 0:
             unknowns = reader.in_channels * math.prod(reader.kernel_size)
-            step = thinning(answers.shape[-2:], len(answers) * stop.calls, unknowns)
+            images = int(all_reduced(torch.tensor(len(answers) * stop.calls)))
+            step = thinning(answers.shape[-2:], images, unknowns)
         added = shortcuts and (sampled_outputs(shortcuts[0], step, index), sampled_outputs(shortcuts[1], step, index))
         patches = sampled_patches(reader, groups, before(inputs), answers.shape[-2:], step, index)
         sample = Sample(patches, sampled_outputs(answers, step, index), added)
-        if not (sample.patches.isfinite().all() and sample.answers.isfinite().all()):
+        if not (_finite(sample.patches) and _finite(sample.answers)):
             raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
         taken.append(sample)
-    if not taken:
-        raise ValueError("no calibration batch reached this layer")
     return Samples(taken, stop.tail)
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, in one reading."""
+    return x.numel() == 0 or all(math.isfinite(end) for end in torch.stack(x.aminmax()).tolist())
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,14 @@ class Moments:
         second = _total(map(_gram, patches)).div_(count).sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
         empty = second.new_empty(0)
         return cls(second, empty, mean, empty, count).towards(samples, targets)
+
+    def through(self, filters: Tensor) -> Moments:
+        """Moments of features, filters [G, R, P] times patches, in the place of patches."""
+        filters = filters.to(self.patches)
+        return replace(
+            self, patches=filters @ self.patches @ filters.mT, cross=self.cross @ filters.mT,
+            patch_mean=(filters @ self.patch_mean.unsqueeze(2)).squeeze(2),
+        )  # fmt: skip
 
     def towards(self, samples: Samples, targets: Sequence[Tensor]) -> Moments:
         """The same patches with other targets."""

@@ -16,7 +16,7 @@ counted below, and done again only where the filters have changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,11 +26,14 @@ from torch.nn.functional import one_hot
 
 from convsplit.data.moments import Marginals, Root, whitened
 from convsplit.forms import Factors, Form
+from convsplit.lowrank import CP, cp
 from convsplit.repair.samples import Moments
 
 RIDGE = 1e-3  # of the mean variance of an input
 SWEEP_FLOPS = 1e11  # what the alternation of one layer may cost: the largest layers do without
 CG_STEPS = 2
+MIXED_VALUES = 1 << 24  # of S times filters, for some output channels of pw-dw at once
+CP_SWEEPS = 20  # in the metric of the marginals, from factors that are near
 WIDE = 1000  # patches from here on are multiplied in float32
 MOST_SWEEPS = 8  # more of them change the drift of a network by less than the choice of images does
 
@@ -109,10 +112,16 @@ def best_bias(kernel: Tensor, moments: Moments) -> Tensor:
     return (moments.target_mean - answered).flatten()
 
 
-def fit_factors(problem: Quadratic, form: Form, current: Factors, *, even: bool, seed: int = 0) -> Factors:
-    """The factors of one group ([1, ...]) fitted to its quadratic, from the layer's own or a fresh start if better."""
-    fresh = whitened_factors(problem, form, current.spatial.shape[1], even=even, seed=seed)
-    fitted = [improved(problem, start, sweeps=0) for start in (current, fresh)]
+def fit_factors(
+    problem: Quadratic, form: Form, current: Factors, *, even: bool, seed: int = 0, starts: Sequence[Factors] = ()
+) -> Factors:
+    """The factors of one group ([1, ...]) fitted to its quadratic, from whichever start is best.
+
+    The SVD forms have a best start, and it is cheap. CP goes on from the layer's own factors and from `starts`, fits of
+    the same kernel in other metrics.
+    """
+    whitened = [whitened_factors(problem, form, current, even=even, seed=seed)]
+    fitted = [improved(problem, start, sweeps=0) for start in (current, *starts, *whitened)]
     start = min(fitted, key=lambda each: each[1])[0]
     sweeps = min(MOST_SWEEPS, _affordable_sweeps(problem, start))
     return improved(problem, start, sweeps)[0] if sweeps else start
@@ -123,17 +132,24 @@ def with_last_stage(problem: Quadratic, start: Factors) -> Factors:
     return improved(problem, start, sweeps=0)[0]
 
 
-def whitened_factors(problem: Quadratic, form: Form, components: int, *, even: bool, seed: int) -> Factors:
+def whitened_factors(problem: Quadratic, form: Form, current: Factors, *, even: bool, seed: int) -> Factors:
     """Factors [1, ...] that are best where F = 1 and the metric is a Kronecker product S_I x S_K: E's own, nearly.
 
-    There E is the plain distance to the kernel W1 times the roots of S_I and S_K, which the form factorises as ever.
-    Its last stage is to be fitted afterwards: a pointwise one comes in the metric F^(1/2) W1 and is not used.
+    There E is the plain distance to the kernel W1 times the roots of S_I and S_K, which the form factorises as ever; CP
+    does so from the `current` factors. The last stage is to be fitted afterwards: a pointwise one comes in the metric
+    F^(1/2) W1 and is not used.
     """
     channels, positions = problem.metric.marginals.roots(mix_channels=form.expands)
     white = whitened(problem.best.unsqueeze(0), channels, positions)
     if form.projects:
-        white = torch.einsum("po,goik->gpik", Root.of(problem.F.unsqueeze(0)).root[0], white).contiguous()
-    fit = form.factorise(white, components, even=even, seed=seed)
+        outputs = Root.of(problem.F.unsqueeze(0)).root
+        white = torch.einsum("gpo,goik->gpik", outputs, white).contiguous()
+    if current.outputs is not None and current.inputs is not None:
+        A, B, C = outputs @ current.outputs, channels.root @ current.inputs.mT, positions.root @ current.spatial.mT
+        cp_fit = cp(white, A.shape[2], start=CP(A, B, C, error=1.0), iterations=CP_SWEEPS)
+        fit = Factors(spatial=cp_fit.C.mT, inputs=cp_fit.B.mT, outputs=cp_fit.A)
+    else:
+        fit = form.factorise(white, current.spatial.shape[1], even=even, seed=seed)
     inputs = None if fit.inputs is None else fit.inputs @ channels.inverse
     return replace(fit, spatial=fit.spatial @ positions.inverse, inputs=inputs)
 
@@ -185,19 +201,25 @@ def improved(problem: Quadratic, start: Factors, sweeps: int, tolerance: float =
 
 
 def fit_spatial_last(problem: Quadratic, B: Tensor, start: Factors) -> Tensor:
-    """The depthwise stage [R, K] of pw-dw behind inputs B [I, R]: one small system per output channel."""
+    """The depthwise stage [R, K] of pw-dw behind inputs B [I, R]: one small system per output channel.
+
+    Channels with equally many components are one batch, as far as S times their filters fits into memory.
+    """
     assert start.channels is not None
     channels = start.channels[0]
-    _, I, K = problem.pull.shape
-    S = problem.metric.S.reshape(I, K, I * K)
+    O, I, K = problem.pull.shape
+    S = problem.metric.S.reshape(I, K * I * K)
     spatial = torch.zeros(len(channels), K, dtype=B.dtype, device=B.device)
-    for channel in torch.unique(channels):
-        own = (channels == channel).nonzero().squeeze(1)
-        b = B[:, own]
-        mixed = torch.einsum("ir,ikp->rkp", b, S).reshape(-1, I, K)
-        normal = torch.einsum("nik,ir->nrk", mixed, b).reshape(len(own) * K, -1)
-        rhs = torch.einsum("ir,ik->rk", b, problem.pull[channel]).reshape(-1, 1)
-        spatial[own] = _cholesky_solve(normal, rhs).reshape(-1, K)
+    counts = torch.bincount(channels, minlength=O)
+    for count in torch.unique(counts).tolist():
+        at_once = max(1, MIXED_VALUES // max(1, count * S.shape[1]))
+        for some in torch.split((counts == count).nonzero().squeeze(1), at_once) if count else ():
+            own = torch.isin(channels, some).nonzero().squeeze(1)  # `count` of each channel in turn, as channels rise
+            b = B[:, own].reshape(I, len(some), count)
+            mixed = (b.flatten(1).mT @ S).reshape(len(some), count, K, I, K)
+            normal = torch.einsum("cmkil,icn->cmknl", mixed, b).reshape(len(some), count * K, count * K)
+            rhs = torch.einsum("icm,cik->cmk", b, problem.pull[some]).reshape(len(some), -1, 1)
+            spatial[own] = _cholesky_solve(normal, rhs).reshape(-1, K)
     return spatial
 
 
@@ -263,20 +285,20 @@ def _cholesky_solve(normal: Tensor, rhs: Tensor) -> Tensor:
 
 
 def _cholesky(normal: Tensor) -> Tensor:
-    """The Cholesky factor of a positive semi-definite matrix, its diagonal raised until there is one."""
-    most = normal.diagonal().amax().clamp_min(torch.finfo(normal.dtype).tiny)
+    """The Cholesky factors of positive semi-definite matrices [..., n, n], diagonals raised until there are some."""
+    most = normal.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).clamp_min(torch.finfo(normal.dtype).tiny)
     factor: Tensor
     for exponent in range(-12, 1):
         factor, failed = torch.linalg.cholesky_ex(_lifted(normal, 10.0**exponent * most))
-        if not failed:
+        if not failed.any():
             break
     return factor
 
 
 def _lifted(matrix: Tensor, by: Tensor) -> Tensor:
-    """The matrix with its diagonal raised."""
+    """The matrices with their diagonals raised."""
     lifted = matrix.clone()
-    lifted.diagonal().add_(by)
+    lifted.diagonal(dim1=-2, dim2=-1).add_(by)
     return lifted
 
 
