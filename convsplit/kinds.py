@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from convsplit.layers.stages import PaddedConv2d, SamePad2d
-from convsplit.spec import ConvSpec, Pair
+from convsplit.spec import ConvSpec, Pair, padding_around
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,7 @@ def plain_conv(module: Any, *, weight: Tensor | None = None, padding: Pair | str
     """
     weight = module.weight if weight is None else weight
     spec, bias = ConvSpec.of(module), module.bias
-    padding = spec.padding if padding is None else padding
-    conv = nn.Conv2d(
-        spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, padding,
-        spec.dilation, spec.groups, bias is not None, spec.padding_mode, device="meta",
-    )  # fmt: skip
+    conv = replace(spec, padding=spec.padding if padding is None else padding).conv()
     own = [parameter for name, parameter in module.named_parameters() if name != "bias"]
     conv.weight = _as_parameter(weight, any(parameter.requires_grad for parameter in own))
     conv.bias = None if bias is None else _as_parameter(bias, bias.requires_grad)
@@ -175,7 +171,16 @@ def _conv2d(conv: nn.Conv2d) -> nn.Conv2d | str:
         return "its weight is not a parameter"
     extra = [name for name in conv._parameters if name not in ("weight", "bias")]
     extra += [*conv._buffers, *conv._modules]
-    return f"holds more than a weight and a bias: {', '.join(extra)}" if extra else conv
+    return f"holds more than a weight and a bias: {', '.join(extra)}" if extra else _with_numbers_that_run(conv)
+
+
+def _with_numbers_that_run(conv: nn.Conv2d) -> nn.Conv2d | str:
+    """The same convolution, rebuilt where attributes were left behind when its weight or its padding was exchanged."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    plain = plain_conv(conv)
+    if padding_around(plain) != padding_around(conv):
+        return "its padding was changed after construction, and is not what runs: build it with the padding you want"
+    return conv if all(getattr(conv, name) == getattr(plain, name) for name in names) else plain
 
 
 def _padded(conv: PaddedConv2d) -> Equivalent:

@@ -84,10 +84,7 @@ def _as_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | None:
     spec = functional_spec(arguments, weight)
     if spec is None:
         return None
-    conv = nn.Conv2d(
-        spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
-        spec.groups, spec.bias, device="meta",
-    )  # fmt: skip
+    conv = spec.conv()
     conv.weight, conv.bias = weight, bias
     return conv.train(graph_module.training)
 

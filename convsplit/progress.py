@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -11,9 +14,19 @@ from rich.progress import track as rich_track
 
 T = TypeVar("T")
 
+_NOT_THE_USERS = (str(Path(__file__).parent), contextlib.__file__)  # decorators that guard run inside of contextlib
+
 
 class ConversionWarning(UserWarning):
     """The conversion did less than was probably meant."""
+
+
+def warn(text: str) -> None:
+    """Give a `ConversionWarning` that points at the user's line: the innermost that is not convsplit's own."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, ConversionWarning, stacklevel=level)
 
 
 def track(

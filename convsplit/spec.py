@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+
+C = TypeVar("C", bound=nn.Conv2d)
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def pair(value: int | tuple[int, ...]) -> Pair:
-    """Write one number for both axes as two: `pair(3) == (3, 3)`."""
-    if isinstance(value, int):
-        return (value, value)
-    first, second = value
+    """Write one number for both axes as two: `pair(3) == pair((3,)) == (3, 3)`."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    first, second = values * 2 if len(values) == 1 else values
     return (int(first), int(second))
 
 
@@ -60,18 +62,35 @@ class ConvSpec:
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> ConvSpec:
-        """Read the numbers of a module that has the attributes of `Conv2d`."""
+        """Read the numbers that run of a module that has the attributes of `Conv2d`.
+
+        Channels and kernel size are those of the weight: it may have been exchanged, and attributes then lie.
+        """
+        weight = conv._parameters.get("weight")
+        if weight is None or isinstance(weight, UninitializedParameter) or weight.dim() != 4:
+            O, I, kernel_size = conv.out_channels, conv.in_channels, pair(conv.kernel_size)
+        else:
+            O, I, kernel_size = weight.shape[0], weight.shape[1] * conv.groups, pair(tuple(weight.shape[2:]))
         return cls(
-            in_channels=conv.in_channels,
-            out_channels=conv.out_channels,
-            kernel_size=pair(conv.kernel_size),
+            in_channels=I,
+            out_channels=O,
+            kernel_size=kernel_size,
             stride=pair(conv.stride),
-            padding=conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
+            padding=_padding_that_runs(conv, kernel_size),
             dilation=pair(conv.dilation),
             groups=conv.groups,
             padding_mode=conv.padding_mode,
             bias=conv.bias is not None,
         )
+
+    def conv(
+        self, kind: type[C] = nn.Conv2d, *, device: torch.device | str = "meta", dtype: torch.dtype | None = None
+    ) -> C:
+        """A convolution with these numbers; by default on the meta device, where it takes no memory."""
+        return kind(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias, self.padding_mode, device=device, dtype=dtype,
+        )  # fmt: skip
 
     @property
     def positions(self) -> int:
@@ -118,3 +137,34 @@ class ConvSpec:
         pairs = {key: pair(tuple(data[key])) for key in ("kernel_size", "stride", "dilation")}
         padding = data["padding"] if isinstance(data["padding"], str) else pair(tuple(data["padding"]))
         return cls(**{**data, **pairs, "padding": padding})
+
+
+def padding_around(conv: nn.Conv2d) -> list[int]:
+    """What `conv` pads its input with: columns before and after, rows before and after, as `F.pad` takes them.
+
+    In other modes than "zeros" this was worked out when the module was made, and an edited `padding` does not count.
+    """
+    if conv.padding_mode != "zeros":
+        return list(conv._reversed_padding_repeated_twice)
+    return _around(conv.padding, pair(tuple(conv.weight.shape[2:])), pair(conv.dilation))
+
+
+def _padding_that_runs(conv: nn.Conv2d, kernel_size: Pair) -> Pair | str:
+    given = conv.padding if isinstance(conv.padding, str) else pair(conv.padding)
+    if conv.padding_mode == "zeros":
+        return given
+    left, _, top, _ = around = list(conv._reversed_padding_repeated_twice)
+    candidates: tuple[Pair | str, ...] = (given, (top, left), "same")
+    fits = (each for each in candidates if _around(each, kernel_size, pair(conv.dilation)) == around)
+    return next(fits, given)
+
+
+def _around(padding: Pair | str | int, kernel_size: Pair, dilation: Pair) -> list[int]:
+    if padding == "valid":
+        return [0, 0, 0, 0]
+    if not isinstance(padding, str):
+        rows, columns = pair(padding)
+        return [columns, columns, rows, rows]
+    totals = [step * (size - 1) for size, step in zip(kernel_size, dilation, strict=True)]
+    # "same": where a total is odd, torch puts the larger half at the end.
+    return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]

@@ -29,7 +29,7 @@ from convsplit.files import write_whole
 from convsplit.forms import FORMS
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv2d, resolve_rank
-from convsplit.layers.stages import ChannelGather, ChannelSum
+from convsplit.layers.stages import ChannelIndex
 from convsplit.model.copies import deep_copy
 from convsplit.rewrite import apply_plan
 from convsplit.spec import ConvSpec
@@ -57,9 +57,8 @@ class StoredLayer:
 
     @classmethod
     def of(cls, name: str, layer: SeparableConv2d) -> StoredLayer:
-        """Describe a live layer; its bias is looked up where it runs, since a refit may have added one."""
-        spec = replace(layer.spec, bias=layer.bias is not None)
-        return cls(name, spec.to_json(), _printed(layer.stages.get("pad")), layer.form, layer.components, layer.even)
+        """Describe a live layer; its numbers are looked up where they run, since a refit may have added a bias."""
+        return cls(name, layer.spec.to_json(), _printed(layer.stages.get("pad")), layer.form, layer.components, layer.even)
 
     @property
     def bias(self) -> bool:
@@ -183,11 +182,11 @@ def load(path: str | Path, model: M, *, strict: bool = True, device: torch.devic
         problems = ["everything compared agrees, only the fingerprint does not: the file is damaged"]
     if problems:
         raise ValueError(_explain(path, model, problems))
-    rebuilt = _off_meta(rebuilt, device or "cpu")
-    _fill(rebuilt, tensors)
-    problems = [text for name, layer in _split_layers(rebuilt).items() for text in _channel_problems(name, layer)]
+    problems = [text for name, layer in _split_layers(rebuilt).items() for text in _channel_problems(name, layer, tensors)]
     if problems:
         raise ValueError(f"{path} is damaged: " + "; ".join(problems))
+    rebuilt = _off_meta(rebuilt, device or "cpu")
+    _fill(rebuilt, tensors)
     return rebuilt if device is None else rebuilt.to(device)
 
 
@@ -245,7 +244,14 @@ def _split_layers(model: nn.Module) -> dict[str, SeparableConv2d]:
 
 def _check_rebuildable(name: str, layer: SeparableConv2d) -> None:
     """Refuse at once what `load` would refuse when it is too late: stages that are not what the layer says."""
-    spec = replace(layer.spec, bias=layer.bias is not None)
+    spec, built = layer.spec, layer.built_spec
+    if spec != built:
+        raise ValueError(
+            f"the depthwise stage of {name!r} was edited after the layer was made, which load could not repeat: it has "
+            f"{spec}, was made with {built}. Make that change in the model before converting it"
+        )
+    if problem := layer.edited_stages():
+        raise ValueError(f"{name!r} cannot be saved: {problem}")
     components = None if layer.even else layer.components
     twin = SeparableConv2d(**vars(spec), device="meta", form=layer.form, rank=layer.rank, components=components)
     expected, found = _shapes(twin.state_dict()), _shapes(layer.state_dict())
@@ -475,11 +481,10 @@ def _give_bias(layer: SeparableConv2d, bias: bool) -> None:
     """Make the last stage have a bias or none, as the file says."""
     if bias == (layer.bias is not None):
         return
-    *_, last = layer.stages.values()
-    like = layer.depthwise.weight
-    zeros = torch.zeros(layer.out_channels, dtype=like.dtype, device=like.device)
-    last.register_parameter("bias", nn.Parameter(zeros, like.requires_grad) if bias else None)
-    layer.spec = replace(layer.spec, bias=bias)
+    if bias:
+        layer.add_bias()
+    else:
+        layer.bias = None
 
 
 def _tensor_problems(rebuilt: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> Iterator[str]:
@@ -526,6 +531,9 @@ def _off_meta(model: M, device: torch.device | str) -> M:
     for buffer in model.buffers():
         if buffer.is_meta:
             memo[id(buffer)] = torch.empty_like(buffer, device=device)
+    for stage in model.modules():
+        if isinstance(stage, ChannelIndex) and stage.channels.is_meta:
+            memo[id(stage.channels)] = torch.tensor(stage.numbers, device=device)
     return cast(M, deep_copy(model, memo)) if memo else model
 
 
@@ -537,16 +545,15 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def _channel_problems(name: str, layer: SeparableConv2d) -> Iterator[str]:
+def _channel_problems(name: str, layer: SeparableConv2d, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Channels outside of their group would read or write where they must not."""
+    prefix = f"{name}." if name else ""
     for key, stage in layer.stages.items():
-        if isinstance(stage, ChannelGather | ChannelSum):
-            width = layer.in_channels if isinstance(stage, ChannelGather) else layer.out_channels
-            by_group = stage.channels.reshape(layer.groups, -1)
-            group = torch.arange(layer.groups, device=by_group.device).unsqueeze(1)
-            inside = by_group.div(width // layer.groups, rounding_mode="floor") == group
-            if not bool(inside.all()):
-                yield f"{key}.channels of {name!r} names channels outside of their group (it has {width} in all)"
+        channels = tensors.get(f"{prefix}{key}.channels")
+        if isinstance(stage, ChannelIndex) and channels is not None:
+            problem = stage.problem(channels.tolist())
+            if problem:
+                yield f"{key}.channels of {name!r} {problem}"
 
 
 def _explain(path: Path, model: nn.Module, problems: list[str]) -> str:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from convsplit.data.processes import all_reduced, all_reduced_each, is_shared
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 from convsplit.precision import widened
-from convsplit.spec import Pair
+from convsplit.spec import Pair, padding_around
 
 POSITIONS_PER_UNKNOWN = 200
 SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3
@@ -27,7 +27,7 @@ SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positi
 def padded(geometry: nn.Conv2d, x: Tensor) -> Tensor:
     """The input with the convolution's own padding, in its padding mode."""
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
-    return F.pad(x, geometry._reversed_padding_repeated_twice, mode=mode)
+    return F.pad(x, padding_around(geometry), mode=mode)
 
 
 def sampled_patches(

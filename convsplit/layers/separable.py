@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
-from convsplit.layers.stages import ChannelGather, ChannelSum, PaddedConv2d
+from convsplit.layers.kernel import kernel_of
+from convsplit.layers.stages import ChannelGather, ChannelIndex, ChannelSum, PaddedConv2d
 from convsplit.precision import widened
 from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
 
@@ -35,6 +36,8 @@ from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
 #             small for memory to be fetched from the system anew. Recorded graphs have the stages as they are.
 ARRANGEMENTS = ("stages", "repeated", "by image")
 
+_CONVOLUTIONS = ("pointwise_in", "depthwise", "pointwise_out")
+_GEOMETRY = ("stride", "padding", "dilation", "padding_mode")  # what belongs to the depthwise stage alone
 _STAGES = ("gather", "pointwise_in", "pad", "depthwise", "pointwise_out", "sum")
 
 
@@ -86,27 +89,28 @@ class SeparableConv2d(nn.Module):
         components: int | None = None,
     ) -> None:
         super().__init__()
-        self.spec = ConvSpec(
+        self._spec = ConvSpec(
             in_channels, out_channels, pair(kernel_size), pair(stride),
             padding if isinstance(padding, str) else pair(padding),
             pair(dilation), groups, padding_mode, bias,
         )  # fmt: skip
         self.form = form
         self._arrangement = "stages"
-        self.components, self.even = resolve_rank(form_named(form), self.spec, rank, components)
+        self.components, self.even = resolve_rank(form_named(form), self._spec, rank, components)
         for name, stage in self._make_stages(device, dtype).items():
             self.add_module(name, stage)
 
     def _make_stages(
         self, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> OrderedDict[str, nn.Module]:
-        spec, form, R = self.spec, form_named(self.form), self.components
+        spec, form, R = self._spec, form_named(self.form), self.components
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         gathers = not self.even and not form.expands
         sums = not self.even and not form.projects
         stages: OrderedDict[str, nn.Module] = OrderedDict()
         if gathers:
-            stages["gather"] = ChannelGather(_spread(R, spec.in_channels, spec.groups, device))
+            numbers = _spread(R, spec.in_channels, spec.groups)
+            stages["gather"] = ChannelGather(numbers, spec.in_channels, spec.groups, device)
         if form.expands:
             stages["pointwise_in"] = nn.Conv2d(spec.in_channels, R, 1, groups=spec.groups, bias=False, **factory)
         reads = R if form.expands or gathers else spec.in_channels
@@ -122,15 +126,29 @@ class SeparableConv2d(nn.Module):
             )
         if sums:
             bias = torch.zeros(spec.out_channels, **factory) if spec.bias else None
-            stages["sum"] = ChannelSum(_spread(R, spec.out_channels, spec.groups, device), spec.out_channels, bias)
+            numbers = _spread(R, spec.out_channels, spec.groups)
+            stages["sum"] = ChannelSum(numbers, spec.out_channels, spec.groups, bias, device)
         return stages
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        if self._arrangement == "stages" or not self._stages_are_plain():
+            return self._in_order(input)
         if self._arrangement == "repeated":
-            return self._repeated(x)
-        if self._arrangement == "by image" and not _is_traced(x) and x.dim() == 4 and len(x) > 1:
-            return torch.cat([self._in_order(image) for image in torch.split(x, 1)])
-        return self._in_order(x)
+            return self._repeated(input)
+        if not _is_traced(input) and input.dim() == 4 and len(input) > 1:
+            return torch.cat([self._in_order(image) for image in torch.split(input, 1)])
+        return self._in_order(input)
+
+    def _stages_are_plain(self) -> bool:
+        """Whether the convolutions do no more than their weights say: other modules and hooks want to be called."""
+        convolutions = [stage for name, stage in self.stages.items() if name in _CONVOLUTIONS]
+        return all(type(stage) is nn.Conv2d for stage in convolutions) and not any(
+            hooks
+            for stage in convolutions
+            for hooks in (
+                stage._forward_pre_hooks, stage._forward_hooks, stage._backward_hooks, stage._backward_pre_hooks,
+            )
+        )  # fmt: skip
 
     def _in_order(self, x: Tensor) -> Tensor:
         for stage in self.stages.values():
@@ -233,10 +251,6 @@ class SeparableConv2d(nn.Module):
             parameter.requires_grad_(conv.weight.requires_grad)
             if not parameter.is_meta:
                 parameter.data.zero_()
-        for stage in layer.children():
-            if isinstance(stage, ChannelGather | ChannelSum) and not stage.channels.is_meta:
-                width = spec.in_channels if isinstance(stage, ChannelGather) else spec.out_channels
-                stage.channels.copy_(_spread(components, width, spec.groups, None))
         if layer.bias is not None and conv.bias is not None:
             layer.bias.requires_grad_(conv.bias.requires_grad)
         if _is_channels_last(conv.weight):
@@ -270,13 +284,13 @@ class SeparableConv2d(nn.Module):
         for name, factor in (("pointwise_in", factors.inputs), ("pointwise_out", factors.outputs)):
             if factor is not None:
                 cast(nn.Conv2d, stages[name]).weight.copy_(factor.flatten(0, 1)[:, :, None, None])
-        for name, width in (("gather", self.spec.in_channels), ("sum", self.spec.out_channels)):
+        for name, width in (("gather", self.in_channels), ("sum", self.out_channels)):
             if name in stages and factors.channels is not None:
-                cast(ChannelGather, stages[name]).channels.copy_(_offset(factors.channels, width))
+                cast(ChannelIndex, stages[name]).renumber(_offset(factors.channels, width).tolist())
 
     def factors(self) -> Factors:
         """The stages as factors of the kernel [G, O, I, K]; gradients flow through."""
-        stages, G = self.stages, self.spec.groups
+        stages, G = self.stages, self.groups
         R = self.components // G
         spatial = self.depthwise.weight.reshape(G, R, -1)
         inputs = outputs = channels = None
@@ -286,36 +300,88 @@ class SeparableConv2d(nn.Module):
             outputs = cast(nn.Conv2d, stages["pointwise_out"]).weight.reshape(G, -1, R)
         if inputs is None or outputs is None:
             width = self.in_channels if inputs is None else self.out_channels
-            index = stages.get("gather", stages.get("sum"))
-            flat = (
-                _spread(self.components, width, G, spatial.device)
-                if index is None
-                else cast(ChannelGather, index).channels
-            )
-            channels = flat.reshape(G, R) % (width // G)
+            index = cast("ChannelIndex | None", stages.get("gather", stages.get("sum")))
+            numbers = _spread(self.components, width, G) if index is None else index.numbers
+            channels = torch.tensor(numbers, device=spatial.device).reshape(G, R) % (width // G)
         return Factors(spatial, outputs, inputs, channels)
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel [O, I per group, kh, kw] the stages add up to: computed, differentiable, read-only."""
-        G = self.spec.groups
+        """The dense kernel [O, I per group, kh, kw] the stages add up to: computed, differentiable.
+
+        What is written to it, by assignment, through `.data` or in place, reaches the last stage where it is the old
+        kernel times a factor per output channel, which is what folding batch norm writes; anything else raises.
+        """
+        return kernel_of(self._kernel(), self._write_in_place)
+
+    def _kernel(self) -> Tensor:
+        G = self.groups
         kernel = self.factors().kernel(self.out_channels // G, self.in_channels // G)
         return ungrouped(kernel, self.kernel_size)
 
+    def _write_in_place(self, new: Tensor) -> None:
+        if problem := self._take_weight(new):
+            raise RuntimeError(problem)
+
+    @torch.no_grad()
+    def _take_weight(self, new: Any) -> str:
+        """Scale the last stage so that the kernel becomes `new`; or say why that cannot be, and change nothing."""
+        found = self._factors_between(new)
+        if isinstance(found, Tensor):
+            self._scale_outputs(found)
+            return ""
+        return (
+            f"the weight of a SeparableConv2d is computed from its stages, and takes only what is the old one times a "
+            f"factor per output channel; {found}. Write to layer.merged() and put that in its place (or convert after "
+            f"this step), or change the stages ({', '.join(self.stages)})"
+        )
+
+    def _factors_between(self, new: Any) -> Tensor | str:
+        """The factors [O] that lead from the present kernel to `new`, if rounding is all that they leave."""
+        old = self._kernel()
+        if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+            given = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
+            return f"it is {tuple(old.shape)} {old.dtype}, this is {given}"
+        if "weight" not in self._last_convolution()._parameters:
+            return "the weight of its last stage is computed, too"
+        before, after = old.flatten(1).double(), new.to(old.device).flatten(1).double()
+        peak, where = before.abs().max(1, keepdim=True)
+        factors = torch.where(peak > 0, after.gather(1, where) / before.gather(1, where), 1.0)
+        rounding = 8 * torch.finfo(old.dtype).eps * factors.abs() * peak
+        equal = (after - factors * before).abs() <= rounding  # false for NaN
+        return factors.squeeze(1) if bool(equal.all()) else "this is not"
+
+    def _last_convolution(self) -> nn.Module:
+        return self.stages.get("pointwise_out", self.depthwise)
+
+    def _scale_outputs(self, factors: Tensor) -> None:
+        """Multiply output channels by factors [O], in the last stage that has weights."""
+        if "sum" in self.stages:
+            index = cast(ChannelSum, self.stages["sum"])
+            factors = factors[torch.tensor(index.numbers, device=factors.device)]
+        weight = cast(nn.Conv2d, self._last_convolution()).weight
+        weight.mul_(factors.to(weight).view(-1, 1, 1, 1))
+
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias of the last stage."""
+        """The bias of the last stage; may be assigned, also None."""
         *_, last = self.stages.values()
         return cast("nn.Parameter | None", last.bias)
+
+    def _take_bias(self, new: Any) -> None:
+        shape = tuple(getattr(new, "shape", ()))
+        if new is not None and (not isinstance(new, Tensor) or shape != (self.out_channels,)):
+            raise AttributeError(f"bias of {shape or type(new).__name__}; want a tensor ({self.out_channels},) or None")
+        if new is not None and not isinstance(new, nn.Parameter):
+            new = nn.Parameter(new.detach().clone(), self.depthwise.weight.requires_grad)
+        *_, last = self.stages.values()
+        last.register_parameter("bias", new)
 
     def add_bias(self) -> nn.Parameter:
         """The bias of the last stage, made of zeros where the layer has none yet."""
         if self.bias is None:
-            *_, last = self.stages.values()
             like = self.depthwise.weight
-            zeros = torch.zeros(self.out_channels, dtype=like.dtype, device=like.device)
-            last.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
-            self.spec = replace(self.spec, bias=True)
+            self.bias = torch.zeros(self.out_channels, dtype=like.dtype, device=like.device)
         return cast(nn.Parameter, self.bias)
 
     @torch.no_grad()
@@ -324,23 +390,20 @@ class SeparableConv2d(nn.Module):
 
         This is how batch norm in eval mode is folded.
         """
-        stages, bias = self.stages, self.add_bias()
+        bias = self.add_bias()
         bias.copy_(bias * scale + shift)
-        last = self.depthwise
-        if "pointwise_out" in stages:
-            last = cast(nn.Conv2d, stages["pointwise_out"])
-        elif "sum" in stages:
-            scale = scale[cast(ChannelSum, stages["sum"]).channels]
-        last.weight.mul_(scale.to(last.weight.dtype).view(-1, 1, 1, 1))
+        self._scale_outputs(scale)
 
     def merged(self) -> nn.Conv2d:
-        """The one `Conv2d` this layer equals, on the same device, in the same dtype, memory format and mode."""
+        """The one `Conv2d` this layer equals, on the same device, in the same dtype, memory format and mode.
+
+        Raises:
+            ValueError: a pointwise stage was edited into something that one convolution cannot equal.
+        """
+        if problem := self.edited_stages():
+            raise ValueError(f"cannot be merged: {problem}")
         spec, first, pad = self.spec, self.depthwise.weight, self.stages.get("pad")
-        kind = nn.Conv2d if pad is None else PaddedConv2d
-        conv = kind(
-            spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
-            spec.groups, spec.bias, spec.padding_mode, device="meta", dtype=first.dtype,
-        )  # fmt: skip
+        conv: nn.Conv2d = spec.conv(nn.Conv2d if pad is None else PaddedConv2d, dtype=first.dtype)
         if not first.is_meta:
             conv.to_empty(device=first.device)
             with torch.no_grad():
@@ -355,26 +418,55 @@ class SeparableConv2d(nn.Module):
             conv.bias.requires_grad_(cast(Tensor, self.bias).requires_grad)
         if any(_is_channels_last(p) for p in self.parameters()):
             conv.to(memory_format=torch.channels_last)
-        if pad is not None:
-            conv.pad = copy.deepcopy(pad)
+        if isinstance(conv, PaddedConv2d):
+            conv.pad = copy.deepcopy(cast(nn.Module, pad))
         return conv.train(self.training)
+
+    def edited_stages(self) -> str:
+        """What was done to the stages that one convolution cannot do; empty where they add up to `weight` and `bias`."""
+        *_, last = self.stages.values()
+        for name, stage in self.stages.items():
+            if name not in _CONVOLUTIONS or not isinstance(stage, nn.Conv2d):
+                continue
+            if stage.bias is not None and stage is not last:
+                return f"{name} was given a bias, which meets the padding before the last stage does"
+            steps = (pair(stage.stride), ConvSpec.of(stage).padding, ConvSpec.of(stage).kernel_size)
+            if name != "depthwise" and (steps[0] != (1, 1) or steps[1] not in ((0, 0), "valid") or steps[2] != (1, 1)):
+                return f"{name} was edited and is no pointwise convolution: {stage}"
+        return ""
+
+    @property
+    def spec(self) -> ConvSpec:
+        """The numbers of the convolution that this layer is now: its stages may have been edited since it was made."""
+        depthwise, built = self.depthwise, replace(self._spec, bias=self.bias is not None)
+        if not isinstance(depthwise, nn.Conv2d):
+            return built
+        runs = ConvSpec.of(depthwise)
+        return replace(
+            built, stride=runs.stride, padding=runs.padding, dilation=runs.dilation, padding_mode=runs.padding_mode
+        )
+
+    @property
+    def built_spec(self) -> ConvSpec:
+        """The numbers with which it was made; a bias may have come or gone since."""
+        return replace(self._spec, bias=self.bias is not None)
 
     @property
     def rank(self) -> int | None:
         """The rank as given: multiplier or CP rank; None where channels have unequal multiplicities."""
-        return self.components // form_named(self.form).channels(self.spec) if self.even else None
+        return self.components // form_named(self.form).channels(self._spec) if self.even else None
 
     @property
     def in_channels(self) -> int:
-        return self.spec.in_channels
+        return self._spec.in_channels
 
     @property
     def out_channels(self) -> int:
-        return self.spec.out_channels
+        return self._spec.out_channels
 
     @property
     def kernel_size(self) -> Pair:
-        return self.spec.kernel_size
+        return self._spec.kernel_size
 
     @property
     def stride(self) -> Pair:
@@ -390,19 +482,36 @@ class SeparableConv2d(nn.Module):
 
     @property
     def groups(self) -> int:
-        return self.spec.groups
+        return self._spec.groups
 
     @property
     def padding_mode(self) -> str:
         return self.spec.padding_mode
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            if problem := self._take_weight(value):
+                raise AttributeError(problem)
+        elif name == "bias":
+            self._take_bias(value)
+        elif name in _GEOMETRY:
+            self._set_geometry(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module; `weight` and `bias` go where assigning them goes."""
         if name in ("weight", "bias"):
-            raise AttributeError(
-                f"{name} of a SeparableConv2d cannot be assigned; change the stages "
-                f"({', '.join(self.stages)}) or replace the layer by layer.merged()"
-            )
-        super().__setattr__(name, value)
+            setattr(self, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def _set_geometry(self, name: str, value: Any) -> None:
+        """Build the depthwise stage anew with another stride, padding, dilation or padding mode, around its tensors."""
+        value = value if isinstance(value, str) else pair(value)
+        made = replace(ConvSpec.of(self.depthwise), **{name: value}).conv()
+        for each in (*_GEOMETRY, "_reversed_padding_repeated_twice"):
+            setattr(self.depthwise, each, getattr(made, each))
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -429,7 +538,9 @@ def resolve_rank(form: Form, spec: ConvSpec, rank: int | None, components: int |
     if components is not None:
         if components < 1 or components % spec.groups:
             raise ValueError(f"components={components}: want a positive multiple of groups={spec.groups}")
-        return components, form.expands and form.projects
+        # Where each channel is a group of its own, all have equally many in any case.
+        alone = form.channels(spec) == spec.groups and components <= form.exact(spec)
+        return components, (form.expands and form.projects) or alone
     if rank is None:
         if form.expands and form.projects:
             raise ValueError(f"form {form.name!r} wants rank=, the number of components per group")
@@ -443,10 +554,10 @@ def _rank_arguments(form: Form, spec: ConvSpec, components: int, even: bool) -> 
     return {"rank": components // form.channels(spec)} if even else {"components": components}
 
 
-def _spread(components: int, channels: int, groups: int, device: torch.device | str | None) -> Tensor:
+def _spread(components: int, channels: int, groups: int) -> list[int]:
     """Channels [R] of components given out as evenly as they go, the same number in every group."""
-    per_group = torch.arange(components // groups, device="cpu") * (channels // groups) // (components // groups)
-    return _offset(per_group.expand(groups, -1), channels).to(device)
+    step, width = components // groups, channels // groups
+    return [group * width + i * width // step for group in range(groups) for i in range(step)]
 
 
 def _offset(channels: Tensor, width: int) -> Tensor:

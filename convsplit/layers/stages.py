@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,8 +18,9 @@ def pad_same(x: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -> Tens
 
     An odd number of rows or columns puts the extra one at the end, as TensorFlow does.
     """
+    # Rounded up without negative numbers: where sizes are symbols, ONNX divides towards zero and Python does not.
     height, width = (
-        max(0, (-(size // -s) - 1) * s + (k - 1) * d + 1 - size)
+        max(0, ((size + s - 1) // s - 1) * s + (k - 1) * d + 1 - size)
         for size, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation, strict=True)
     )
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
@@ -47,38 +49,116 @@ class PaddedConv2d(nn.Conv2d):
 
     pad: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.pad(x))
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self.pad(input))
 
 
-class ChannelGather(nn.Module):
+class ChannelIndex(nn.Module):
+    """The channel [R] that each component belongs to, out of `width` channels in equal groups.
+
+    These numbers are structure. Moving averages of weights run over parameters, buffers and the state_dict, in floating
+    point, and cut off what they get; so the numbers are neither parameter nor buffer, and the state_dict holds a copy
+    of them, which is rounded when it is loaded. Nor does a cast, or `to_empty`, reach them: they only follow the device.
+
+    >>> ChannelIndex([0, 0, 1, 3], width=4).numbers
+    (0, 0, 1, 3)
+    """
+
+    channels: Tensor
+
+    def __init__(
+        self, numbers: Sequence[int], width: int, groups: int = 1, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.width, self.groups = width, groups
+        self.renumber(numbers, torch.empty(0, device=device).device)
+
+    def renumber(self, numbers: Sequence[int], device: torch.device | str | None = None) -> None:
+        """Exchange the numbers; they stay on their device unless another is given."""
+        device = self.channels.device if device is None else device
+        self.numbers = tuple(numbers)
+        self.channels = torch.tensor(self.numbers, dtype=torch.long, device=device)
+
+    def problem(self, numbers: Sequence[float]) -> str:
+        """Why these cannot be the channels; empty where they can."""
+        if len(numbers) != len(self.numbers):
+            return f"{len(numbers)} channels for {len(self.numbers)} components"
+        step = len(numbers) // self.groups
+        per_group = self.width // self.groups
+        inside = (n == n and 0 <= n < self.width and n // per_group == i // step for i, n in enumerate(numbers))
+        return "" if all(inside) else f"names channels outside of their group (it has {self.width} in all)"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelIndex:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self.channels.device)).device
+        if device != self.channels.device:
+            self.renumber(self.numbers, device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}channels"] = self.channels if keep_vars else self.channels.clone()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        key = f"{prefix}channels"
+        own = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        found = state_dict.get(key)
+        if found is None:
+            missing_keys.append(key)
+        elif not found.is_meta:
+            numbers = found.flatten().double().round().tolist()
+            if problem := self.problem(numbers):
+                error_msgs.append(f"{key} {problem}")
+            else:
+                self.renumber([int(number) for number in numbers])
+
+    def _on(self, x: Tensor) -> Tensor:
+        """The numbers where the input is: replicas and shards are moved by their parameters and buffers alone."""
+        elsewhere = isinstance(x, Tensor) and x.device != self.channels.device
+        return self.channels.to(x.device) if elsewhere else self.channels
+
+
+class ChannelGather(ChannelIndex):
     """Pick input channels, so that one true depthwise stage can give channels unequal multiplicities."""
 
-    channels: Tensor
-
-    def __init__(self, channels: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("channels", channels)
-
     def forward(self, x: Tensor) -> Tensor:
-        return torch.index_select(x, -3, self.channels)
+        return torch.index_select(x, -3, self._on(x))
 
 
-class ChannelSum(nn.Module):
+class ChannelSum(ChannelIndex):
     """Add each channel to the output channel it belongs to, and the bias: ChannelGather's transpose."""
 
-    channels: Tensor
-
-    def __init__(self, channels: Tensor, out_channels: int, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_channels = out_channels
-        self.register_buffer("channels", channels)
+    def __init__(
+        self, numbers: Sequence[int], width: int, groups: int = 1, bias: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(numbers, width, groups, device)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = cast("Tensor | None", self.bias)
-        start = x.new_zeros(self.out_channels) if bias is None else bias.to(x.dtype)
+        start = x.new_zeros(self.width) if bias is None else bias.to(x.dtype)
         # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it. A view, not
         # a sum with zeros: quantisers would take that for a layer's output and round the bias to eight bits.
         start, _ = torch.broadcast_tensors(start.view(-1, 1, 1), x.narrow(-3, 0, 1))  # type: ignore[no-untyped-call]
-        return torch.index_add(start, -3, self.channels, x)
+        if torch.onnx.is_in_onnx_export():
+            return self._by_gathers(start, x)
+        return torch.index_add(start, -3, self._on(x), x)
+
+    def _by_gathers(self, start: Tensor, x: Tensor) -> Tensor:
+        """The same without adding to one place twice, which ONNX's older exporter refuses: ever the j-th of all."""
+        members: list[list[int]] = [[] for _ in range(self.width)]
+        for place, channel in enumerate(self.numbers):
+            members[channel].append(place)
+        nothing = len(self.numbers)  # the number of the channel of zeros that is appended
+        padded = torch.cat([x, torch.zeros_like(x.narrow(-3, 0, 1))], -3)
+        for j in range(max(map(len, members))):
+            places = [mine[j] if j < len(mine) else nothing for mine in members]
+            start = start + torch.index_select(padded, -3, torch.tensor(places, device=x.device))
+        return start

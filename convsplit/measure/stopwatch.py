@@ -187,10 +187,7 @@ def _coarse(options: Sequence[Option], count: int) -> Iterator[Structure]:
 def _dense(original: Equivalent) -> nn.Module:
     """A convolution like the original, without the hooks and attributes that a model's own may have."""
     spec, weight = ConvSpec.of(original.conv), original.conv.weight
-    conv = nn.Conv2d(
-        spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.groups,
-        spec.bias, spec.padding_mode, device=weight.device, dtype=weight.dtype,
-    )  # fmt: skip
+    conv = spec.conv(device=weight.device, dtype=weight.dtype)
     return conv if original.pad is None else nn.Sequential(original.pad, conv)
 
 
