@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.copies import deep_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.parallel import in_batches
-from convsplit.progress import ConversionWarning
+from convsplit.progress import warn
 from convsplit.spec import ConvSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -161,10 +160,31 @@ def _copy_with(model: M, replacements: Mapping[str, nn.Module]) -> M:
     # held the old module holds the new one in the copy.
     memo: dict[int, Any] = {id(modules[name]): new for name, new in replacements.items()}
     copied = deep_copy(model, memo)
+    _put_in(model, copied, {id(modules[name]): new for name, new in replacements.items()})
     for name, new in replacements.items():
         _hand_over(name, modules[name], new, memo)
     _warn_of_closures(model)
     return copied  # type: ignore[return-value]
+
+
+def _put_in(model: nn.Module, copied: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Replace by name what deepcopy has not: a model's own `__deepcopy__` may build itself anew.
+
+    Raises:
+        ValueError: the copy has no such module to replace.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        new = replacements.get(id(module))
+        if new is None:
+            continue
+        try:
+            if copied.get_submodule(name) is not new:
+                copied.set_submodule(name, new)
+        except (AttributeError, ValueError) as error:
+            raise ValueError(
+                f"the __deepcopy__ of {type(model).__name__} or of a part of it gives a copy without {name!r}, so that "
+                "the layer cannot be replaced there; convsplit works on copies: let it copy what the model has"
+            ) from error
 
 
 def _warn_of_closures(model: nn.Module) -> None:
@@ -178,7 +198,7 @@ def _warn_of_closures(model: nn.Module) -> None:
     ]
     if found:
         text = f"functions that hold on to parts of the original model, and go on using those: {', '.join(found)}"
-        warnings.warn(text, ConversionWarning, stacklevel=5)
+        warn(text)
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType]:
@@ -212,7 +232,7 @@ def _hand_over(name: str, old: nn.Module, new: nn.Module, memo: dict[int, Any]) 
     ]
     if lost:
         text = f"hooks on {name!r} that the layer which replaces it does not have: {', '.join(lost)}"
-        warnings.warn(text, ConversionWarning, stacklevel=5)
+        warn(text)
 
 
 def _unwrapped(hook: Any) -> Any:

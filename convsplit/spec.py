@@ -30,7 +30,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def pair(value: int | tuple[int, ...]) -> Pair:
-    """Write one number for both axes as two: `pair(3) == pair((3,)) == (3, 3)`."""
+    """Write one number for both axes, also one in a tuple, as two: 3 and (3,) become (3, 3)."""
     values = (value,) if isinstance(value, int) else tuple(value)
     first, second = values * 2 if len(values) == 1 else values
     return (int(first), int(second))

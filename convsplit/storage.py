@@ -58,7 +58,9 @@ class StoredLayer:
     @classmethod
     def of(cls, name: str, layer: SeparableConv2d) -> StoredLayer:
         """Describe a live layer; its numbers are looked up where they run, since a refit may have added a bias."""
-        return cls(name, layer.spec.to_json(), _printed(layer.stages.get("pad")), layer.form, layer.components, layer.even)
+        return cls(
+            name, layer.spec.to_json(), _printed(layer.stages.get("pad")), layer.form, layer.components, layer.even
+        )
 
     @property
     def bias(self) -> bool:
@@ -182,7 +184,9 @@ def load(path: str | Path, model: M, *, strict: bool = True, device: torch.devic
         problems = ["everything compared agrees, only the fingerprint does not: the file is damaged"]
     if problems:
         raise ValueError(_explain(path, model, problems))
-    problems = [text for name, layer in _split_layers(rebuilt).items() for text in _channel_problems(name, layer, tensors)]
+    problems = [
+        text for name, layer in _split_layers(rebuilt).items() for text in _channel_problems(name, layer, tensors)
+    ]
     if problems:
         raise ValueError(f"{path} is damaged: " + "; ".join(problems))
     rebuilt = _off_meta(rebuilt, device or "cpu")
@@ -250,8 +254,6 @@ def _check_rebuildable(name: str, layer: SeparableConv2d) -> None:
             f"the depthwise stage of {name!r} was edited after the layer was made, which load could not repeat: it has "
             f"{spec}, was made with {built}. Make that change in the model before converting it"
         )
-    if problem := layer.edited_stages():
-        raise ValueError(f"{name!r} cannot be saved: {problem}")
     components = None if layer.even else layer.components
     twin = SeparableConv2d(**vars(spec), device="meta", form=layer.form, rank=layer.rank, components=components)
     expected, found = _shapes(twin.state_dict()), _shapes(layer.state_dict())
@@ -260,6 +262,8 @@ def _check_rebuildable(name: str, layer: SeparableConv2d) -> None:
             f"the stages of {name!r} were changed into something load cannot rebuild: {layer} has tensors {found}, "
             f"expected {expected}. Put the original kind of stages back, or store the state_dict yourself"
         )
+    if problem := layer.edited_stages():
+        raise ValueError(f"{name!r} cannot be saved: {problem}")
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...] | str]:

@@ -1,4 +1,4 @@
-"""The dense kernel of a split layer: a tensor that is computed when asked for, yet does not lose what is written to it."""
+"""The dense kernel of a split layer: computed when asked for, yet nothing that is written to it is lost."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
 from convsplit.layers.kernel import kernel_of
 from convsplit.layers.stages import ChannelGather, ChannelIndex, ChannelSum, PaddedConv2d
 from convsplit.precision import widened
-from convsplit.spec import ConvSpec, PaddingMode, Pair, pair
+from convsplit.spec import ConvSpec, PaddingMode, Pair, padding_around, pair
 
 # Ways to run the same stages; neither parameters nor their names depend on it (figures: benchmarks/results/latency.md).
 #   stages    as they are
@@ -130,7 +130,7 @@ class SeparableConv2d(nn.Module):
             stages["sum"] = ChannelSum(numbers, spec.out_channels, spec.groups, bias, device)
         return stages
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (some call conv(input=x))
         if self._arrangement == "stages" or not self._stages_are_plain():
             return self._in_order(input)
         if self._arrangement == "repeated":
@@ -371,7 +371,9 @@ class SeparableConv2d(nn.Module):
     def _take_bias(self, new: Any) -> None:
         shape = tuple(getattr(new, "shape", ()))
         if new is not None and (not isinstance(new, Tensor) or shape != (self.out_channels,)):
-            raise AttributeError(f"bias of {shape or type(new).__name__}; want a tensor ({self.out_channels},) or None")
+            raise AttributeError(
+                f"bias of {shape or type(new).__name__}; want a tensor ({self.out_channels},) or None"
+            )
         if new is not None and not isinstance(new, nn.Parameter):
             new = nn.Parameter(new.detach().clone(), self.depthwise.weight.requires_grad)
         *_, last = self.stages.values()
@@ -423,15 +425,16 @@ class SeparableConv2d(nn.Module):
         return conv.train(self.training)
 
     def edited_stages(self) -> str:
-        """What was done to the stages that one convolution cannot do; empty where they add up to `weight` and `bias`."""
+        """What was done to the stages that no single convolution can do; empty where they add up to one."""
         *_, last = self.stages.values()
         for name, stage in self.stages.items():
             if name not in _CONVOLUTIONS or not isinstance(stage, nn.Conv2d):
                 continue
             if stage.bias is not None and stage is not last:
                 return f"{name} was given a bias, which meets the padding before the last stage does"
-            steps = (pair(stage.stride), ConvSpec.of(stage).padding, ConvSpec.of(stage).kernel_size)
-            if name != "depthwise" and (steps[0] != (1, 1) or steps[1] not in ((0, 0), "valid") or steps[2] != (1, 1)):
+            spec = ConvSpec.of(stage)
+            mixes = (spec.kernel_size, spec.stride) == ((1, 1), (1, 1)) and padding_around(stage) == [0, 0, 0, 0]
+            if name != "depthwise" and not mixes:
                 return f"{name} was edited and is no pointwise convolution: {stage}"
         return ""
 

@@ -49,7 +49,7 @@ class PaddedConv2d(nn.Conv2d):
 
     pad: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (some call conv(input=x))
         return super().forward(self.pad(input))
 
 
@@ -58,7 +58,7 @@ class ChannelIndex(nn.Module):
 
     These numbers are structure. Moving averages of weights run over parameters, buffers and the state_dict, in floating
     point, and cut off what they get; so the numbers are neither parameter nor buffer, and the state_dict holds a copy
-    of them, which is rounded when it is loaded. Nor does a cast, or `to_empty`, reach them: they only follow the device.
+    of them, which is rounded when it is loaded. No cast reaches them, nor `to_empty`: they only follow the device.
 
     >>> ChannelIndex([0, 0, 1, 3], width=4).numbers
     (0, 0, 1, 3)
