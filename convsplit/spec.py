@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-
-C = TypeVar("C", bound=nn.Conv2d)
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -84,8 +82,12 @@ class ConvSpec:
         )
 
     def conv(
-        self, kind: type[C] = nn.Conv2d, *, device: torch.device | str = "meta", dtype: torch.dtype | None = None
-    ) -> C:
+        self,
+        kind: type[nn.Conv2d] = nn.Conv2d,
+        *,
+        device: torch.device | str = "meta",
+        dtype: torch.dtype | None = None,
+    ) -> nn.Conv2d:
         """A convolution with these numbers; by default on the meta device, where it takes no memory."""
         return kind(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
@@ -159,7 +161,7 @@ def _padding_that_runs(conv: nn.Conv2d, kernel_size: Pair) -> Pair | str:
     return next(fits, given)
 
 
-def _around(padding: Pair | str | int, kernel_size: Pair, dilation: Pair) -> list[int]:
+def _around(padding: tuple[int, ...] | str | int, kernel_size: Pair, dilation: Pair) -> list[int]:
     if padding == "valid":
         return [0, 0, 0, 0]
     if not isinstance(padding, str):

@@ -488,7 +488,7 @@ def _give_bias(layer: SeparableConv2d, bias: bool) -> None:
     if bias:
         layer.add_bias()
     else:
-        layer.bias = None
+        layer.register_parameter("bias", None)
 
 
 def _tensor_problems(rebuilt: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> Iterator[str]:

@@ -8,7 +8,6 @@ The curves of a model do not depend on the budget, so a plan costs an allocation
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
@@ -31,7 +30,7 @@ from convsplit.model.graphs import Trace, trace
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.model.running import Batch, Forward
 from convsplit.model.sites import Site, Skip, find_sites
-from convsplit.progress import ConversionWarning, track
+from convsplit.progress import track, warn
 from convsplit.repair.refitting import refit
 from convsplit.report.curves import Frontier, curve_of
 from convsplit.report.frontier import measured_point
@@ -178,8 +177,8 @@ class Study(Tabular, Generic[M]):
             raise ValueError(f"give one of budget=, rank= and exact=, not {' and '.join(asked)}")
         check_rank(rank)
         budget = budget if asked else HALF
-        if not self.sites:
-            warnings.warn(_nothing_found(self.model), ConversionWarning, stacklevel=3)
+        if all(site.other for site in self.sites):
+            warn(_nothing_found(self.model))
         timed = prefer == "speed" or (budget is not None and budget.kind == "latency")
         _check_preference(prefer, timed, budget, self.example_inputs)
         with same_globals(), plain_arithmetic():

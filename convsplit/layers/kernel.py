@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Write = Callable[[Tensor], None]
 
+_SET_DATA = vars(torch._C.TensorBase)["data"].__set__
+
 
 class Kernel(Tensor):
     """A computed tensor whose in-place changes, through views and `.data` too, are handed on to `write`.
@@ -40,7 +42,7 @@ class Kernel(Tensor):
                 return func(*args, **kwargs)
         kernels = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Kernel)]
         with torch._C.DisableTorchFunctionSubclass():
-            if func == Tensor.data.__set__ and isinstance(args[0], Kernel) and args[0]._assignable:
+            if func == _SET_DATA and isinstance(args[0], Kernel) and args[0]._assignable:
                 args[0]._write(args[1])
                 args[0]._whole.detach().copy_(args[1])
                 return None
@@ -67,7 +69,7 @@ class Kernel(Tensor):
         return copy.deepcopy(_plain(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def kernel_of(tensor: Tensor, write: Write) -> Tensor:

@@ -383,7 +383,7 @@ class SeparableConv2d(nn.Module):
         """The bias of the last stage, made of zeros where the layer has none yet."""
         if self.bias is None:
             like = self.depthwise.weight
-            self.bias = torch.zeros(self.out_channels, dtype=like.dtype, device=like.device)
+            self._take_bias(torch.zeros(self.out_channels, dtype=like.dtype, device=like.device))
         return cast(nn.Parameter, self.bias)
 
     @torch.no_grad()
@@ -405,7 +405,7 @@ class SeparableConv2d(nn.Module):
         if problem := self.edited_stages():
             raise ValueError(f"cannot be merged: {problem}")
         spec, first, pad = self.spec, self.depthwise.weight, self.stages.get("pad")
-        conv: nn.Conv2d = spec.conv(nn.Conv2d if pad is None else PaddedConv2d, dtype=first.dtype)
+        conv = spec.conv(nn.Conv2d if pad is None else PaddedConv2d, dtype=first.dtype)
         if not first.is_meta:
             conv.to_empty(device=first.device)
             with torch.no_grad():

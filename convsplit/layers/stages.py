@@ -105,9 +105,7 @@ class ChannelIndex(nn.Module):
     ) -> None:  # fmt: skip
         key = f"{prefix}channels"
         own = {name: value for name, value in state_dict.items() if name != key}
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         found = state_dict.get(key)
         if found is None:
             missing_keys.append(key)

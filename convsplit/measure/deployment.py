@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from convsplit.layers.separable import SeparableConv2d
@@ -16,7 +16,7 @@ from convsplit.measure.timing import time_models
 from convsplit.model.copies import deep_copy, scratch_copy
 from convsplit.model.graphs import trace
 from convsplit.model.guards import plain_arithmetic, same_globals
-from convsplit.model.running import Batch, Forward, observe_calls
+from convsplit.model.running import Batch, Forward, observe_calls, quiet_run, run_or_explain, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,13 +30,15 @@ def for_inference(model: M, example_inputs: Batch = None, *, forward: Forward | 
     """A copy for inference: batch norm folded into the convolutions before it, and no parameter requires gradients.
 
     Each `BatchNorm2d` that directly follows a `SeparableConv2d` or a `Conv2d`, and nothing else does, is taken into
-    that layer's last stage and replaced by `nn.Identity`; outputs stay the same up to rounding.
+    that layer's last stage and replaced by `nn.Identity`; outputs stay the same up to rounding. Where torch.fx cannot
+    trace the whole model, code that is not traced may look at what passes between the two: parts that are traced are
+    then folded only with `example_inputs`, if outputs are seen to stay.
 
     Args:
         model: converted or not; it is not changed. It must have been trained: running statistics are what is folded.
         example_inputs: inputs of the size it will see. The contiguous and the channels-last layout are then measured,
-            and the ways in which split layers can run, and the fastest are kept. Without them nothing is measured and
-            the layout stays.
+            and the ways in which split layers can run, and the fastest are kept. Without them nothing is measured,
+            the layout stays, and only what the trace of a whole model covers is folded.
         forward: how to run the model on `example_inputs`.
 
     Returns:
@@ -57,9 +59,12 @@ def for_inference(model: M, example_inputs: Batch = None, *, forward: Forward | 
     >>> type(deployed[0]).__name__, any(p.requires_grad for p in deployed.parameters())
     ('SeparableConv2d', False)
     """
-    copied = deep_copy(model).eval()
-    for conv, norm in list(_foldable(copied)):
-        _fold(copied, conv, norm)
+    copied = deep_copy(model)
+    copied.eval()  # not chained: a model's own train() may return nothing
+    by_part = _foldable(copied)
+    _fold_all(copied, by_part.pop("", []))  # where the whole is traced, so is every caller
+    if by_part and example_inputs is not None:
+        copied = _folded_where_outputs_stay(copied, by_part, example_inputs, forward)
     copied.requires_grad_(False)
     if example_inputs is not None:
         _arrange(copied, example_inputs, forward)
@@ -67,8 +72,15 @@ def for_inference(model: M, example_inputs: Batch = None, *, forward: Forward | 
     return copied  # type: ignore[return-value]
 
 
-def _foldable(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of convolutions and of the batch norm behind each, where nothing else sees the value between."""
+def _foldable(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """By traced part: convolutions and the batch norm behind each, where nothing there sees the value between."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for part, conv, norm in _pairs(model):
+        found.setdefault(part, []).append((conv, norm))
+    return found
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     modules = dict(model.named_modules())
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     holders = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
@@ -85,7 +97,7 @@ def _foldable(model: nn.Module) -> Iterator[tuple[str, str]]:
             alone = all(names[id(m)] == 1 and not m._forward_hooks and not m._forward_pre_hooks for m in pair)
             untied = all(holders[id(p)] == 1 for m in pair for p in m.parameters())
             if alone and untied and uses[conv] == uses[norm] == 1 and pair[1].running_var is not None:
-                yield conv, norm
+                yield part, conv, norm
 
 
 def _target(part: str, node: fx.Node | None) -> str:
@@ -98,6 +110,47 @@ def _target(part: str, node: fx.Node | None) -> str:
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 else None
+
+
+def _fold_all(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    for conv, norm in pairs:
+        _fold(model, conv, norm)
+
+
+def _folded_where_outputs_stay(
+    model: nn.Module, by_part: dict[str, list[tuple[str, str]]], example_inputs: Batch, forward: Forward | None
+) -> nn.Module:
+    """Fold parts of a model that untraced code may look into: all at once, or else those that change nothing."""
+    before = _outputs(model, example_inputs, forward)
+    everything = [pair for pairs in by_part.values() for pair in pairs]
+    for pairs in [everything, *by_part.values()]:
+        candidate = deep_copy(model)
+        _fold_all(candidate, pairs)
+        if _close(_outputs(candidate, example_inputs, forward), before):
+            if pairs is everything:
+                return candidate
+            model = candidate
+    return model
+
+
+def _outputs(model: nn.Module, example_inputs: Batch, forward: Forward | None) -> list[Tensor]:
+    copied = deep_copy(model)  # what running leaves behind in a model is not deployed
+    with quiet_run(copied):
+        return list(tensors_in(run_or_explain(copied, example_inputs, forward)))
+
+
+def _close(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether outputs differ by rounding alone: by the root of their precision times the largest value of each."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return False
+    return all(_differ_by_rounding(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _differ_by_rounding(one: Tensor, other: Tensor) -> bool:
+    if not other.is_floating_point() or not other.numel():
+        return torch.equal(one, other)
+    largest = float(other.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(one, other, rtol=0, atol=torch.finfo(other.dtype).eps ** 0.5 * largest, equal_nan=True)
 
 
 def _fold(model: nn.Module, conv: str, norm: str) -> None:
@@ -113,7 +166,7 @@ def _fold(model: nn.Module, conv: str, norm: str) -> None:
 
 
 @torch.no_grad()
-def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch norm in eval mode."""
     assert norm.running_var is not None
     assert norm.running_mean is not None

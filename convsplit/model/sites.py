@@ -1,4 +1,4 @@
-"""Sites: every 2-d convolution of a model, and for each either what can be split or why it is left alone."""
+"""Sites: every convolution of a model, and for each either what can be split or why it is left alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convsplit.kinds import Equivalent, equivalent, is_convolution
@@ -19,6 +19,8 @@ from convsplit.spec import ConvSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_OTHER = "only Conv2d is split so far"
+
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
@@ -28,8 +30,9 @@ class Site:
 
     `name` is its first name (of an `F.conv2d`, that of its node in the graph) and `aliases` are the others. `reason`
     says why it is left alone; it is empty where the convolution can be split. `calls` are its uses (empty where no
-    example inputs were given). Where the model's graph shows it, `places` says in how many places of the code it is
-    called and `followed_by` what uses its output. `original` is what it equals, where it can be split.
+    example inputs were given). Convolutions that are transposed, or not of two dimensions, have no `spec`. Where
+    the model's graph shows it, `places` says in how many places of the code a convolution is called and `followed_by`
+    what uses its output. `original` is what it equals, where it can be split.
     """
 
     name: str
@@ -42,12 +45,17 @@ class Site:
     original: Equivalent | None = field(default=None, compare=False, repr=False)
 
     @property
+    def other(self) -> bool:
+        """Whether it is a convolution that is transposed, or not of two dimensions."""
+        return self.spec is None and self.reason.endswith(_OTHER)
+
+    @property
     def splittable(self) -> bool:
         return not self.reason
 
 
 def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = False) -> list[Site]:
-    """List every 2-d convolution of a model, in the order of `named_modules`, functional ones (`F.conv2d`) last.
+    """List every convolution of a model, in the order of `named_modules`, functional ones (`F.conv2d`) last.
 
     `skip` leaves out layers by name, by glob pattern, or by a predicate `(name, module) -> bool`. `bake` lets layers
     be split whose weight is computed at every call: the weight that runs in eval mode is then split for good.
@@ -66,14 +74,25 @@ def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = 
     usage, modules = Usage.of(trace), dict(model.named_modules(remove_duplicate=False))
     found: list[Site] = []
     for module in model.modules():
-        if id(module) in inside or not is_convolution(module):
+        if id(module) in inside or not (is_convolution(module) or _is_other(module)):
             continue
         name, *aliases = own = names[id(module)]
-        original, spec, reason = _examine(module, shared, bake)
+        original, spec, reason = None, None, _other_reason(module)
+        if is_convolution(module):
+            original, spec, reason = _examine(module, shared, bake)
         calls = (trace.calls or {}).get(name, ())
         follows = usage.followed_by(own, modules)
         found.append(Site(name, spec, tuple(aliases), calls, reason, usage.count(own), follows, original))
-    return _skipped(_with_functional(model, found, trace), skip, modules)
+    return _skipped(_with_written(_with_functional(model, found, trace), trace), skip, modules)
+
+
+def _is_other(module: nn.Module) -> bool:
+    """Whether a module is a convolution of another kind than `Conv2d`: transposed, or of one or three dimensions."""
+    return isinstance(module, nn.modules.conv._ConvNd) and not is_convolution(module)
+
+
+def _other_reason(module: nn.Module) -> str:
+    return f"a {type(module).__name__}: {_OTHER}"
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -122,13 +141,17 @@ def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[Equivalen
 
 
 def _shape_reason(spec: ConvSpec) -> str:
+    if not spec.weight_params:
+        return "without channels: its weight holds no numbers"
     if spec.positions == 1:
         return "1x1 kernel: already pointwise"
-    if spec.groups == spec.in_channels:
+    # One input channel by itself is a bank of filters, and so is each of a depthwise layer's with a multiplier.
+    if spec.groups == spec.in_channels == spec.out_channels and spec.groups > 1:
         return "already depthwise"
     return ""
 
 
+@torch.no_grad()
 def _weight_reason(weight: Tensor) -> str:
     if weight.is_meta:
         return "on the meta device: there are no values to factorise"
@@ -166,6 +189,29 @@ def _with_functional(model: nn.Module, sites: list[Site], trace: Trace) -> list[
         for site in sites
     ]
     return marked + appended
+
+
+def _with_written(sites: list[Site], trace: Trace) -> list[Site]:
+    """Mark the modules whose weight is written to in forward: what is written then would have to reach the stages."""
+    written = {
+        f"{part}.{node.target}" if part else str(node.target)
+        for part, graph in trace.graphs.items()
+        for node in graph.find_nodes(op="get_attr")
+        if any(_may_write(user) for user in node.users)
+    }
+    reason = "the model may write to its weight in forward, which runs on the weight that is stored"
+    return [
+        replace(site, reason=reason)
+        if site.splittable and any(f"{n}.weight".lstrip(".") in written for n in (site.name, *site.aliases))
+        else site
+        for site in sites
+    ]
+
+
+def _may_write(user: fx.Node) -> bool:
+    """Whether a node changes the weight that it reads, or takes hold of its data: assigning those leaves no node."""
+    in_place = user.op == "call_method" and str(user.target).endswith("_") and not str(user.target).endswith("__")
+    return in_place or (user.op == "call_function" and user.target is getattr and "data" in user.args)
 
 
 def _skipped(sites: list[Site], skip: Skip, modules: dict[str, nn.Module]) -> list[Site]:
