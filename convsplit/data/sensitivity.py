@@ -46,8 +46,9 @@ def measure_sensitivity(
     for module in copied.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
-                wanted = parameter.is_floating_point()
-                module._parameters[key] = nn.Parameter(parameter.detach(), requires_grad=wanted)
+                wanted, values = parameter.is_floating_point(), parameter.detach()
+                values = values.clone() if values.is_inference() else values  # those cannot be part of a graph
+                module._parameters[key] = nn.Parameter(values, requires_grad=wanted)
     wanted_names = set(names)
     taps: list[tuple[str, Tensor]] = []
     handles = [
