@@ -56,6 +56,12 @@ class Factors:
         inputs = None if self.inputs is None else self.inputs.to(dtype)
         return Factors(self.spatial.to(dtype), outputs, inputs, self.channels)
 
+    def absolute(self) -> Factors:
+        """Absolute values: the kernel they add up to bounds the rounding of the one that these do."""
+        outputs = None if self.outputs is None else self.outputs.abs()
+        inputs = None if self.inputs is None else self.inputs.abs()
+        return Factors(self.spatial.abs(), outputs, inputs, self.channels)
+
     def norms(self) -> Tensor:
         """The Frobenius norm [G, R] of each component's part of the kernel."""
         norms: Tensor = self.spatial.norm(dim=2)

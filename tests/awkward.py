@@ -508,7 +508,7 @@ def timm_standardised_weights_baked() -> Any:
 # Geometry
 
 
-@awkward("0", "1", "2", "3", left={"4": "depthwise", "5": "1x1", "6": "depthwise"})
+@awkward("0", "1", "2", "3", "4", "6", left={"5": "1x1"})
 def groups_depthwise_and_pointwise() -> Any:
     return settled(
         nn.Sequential(
@@ -751,3 +751,79 @@ class CopiesItself(Calls):
 @awkward("conv")
 def deepcopy_of_its_own() -> Any:
     return settled(CopiesItself(conv=nn.Conv2d(4, 4, 3))), images(2, 4, 6, 6)
+
+
+class CopiesItselfWithoutMemo(CopiesItself):
+    """Loses what deepcopy was told to put in the place of layers."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesItselfWithoutMemo:
+        children = {name: copy.deepcopy(child) for name, child in self.named_children()}
+        return CopiesItselfWithoutMemo(**children).train(self.training)
+
+
+@awkward("conv", "again.0")
+def deepcopy_of_its_own_without_memo() -> Any:
+    model = CopiesItselfWithoutMemo(conv=nn.Conv2d(4, 4, 3), again=nn.Sequential(nn.Conv2d(4, 4, 3)))
+    return settled(model), images(2, 4, 6, 6)
+
+
+class CallsInOtherWays(Calls):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.direct.forward(self.named(input=x))
+
+
+@awkward("named", left={"direct": "F.conv2d uses its weight"}, jits=False)
+def called_by_keyword_and_by_forward() -> Any:
+    return settled(CallsInOtherWays(named=nn.Conv2d(4, 4, 3), direct=nn.Conv2d(4, 4, 3))), images(2, 4, 6, 6)
+
+
+@awkward("0", "1", "2", "3", left={"4": "padding was changed"})
+def geometry_set_after_construction() -> Any:
+    """In zeros mode the new padding runs, in other modes the one it was built with."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3, padding=2),
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular"),
+        nn.Conv2d(4, 4, (3, 4), padding="same", padding_mode="circular"),
+    )  # fmt: skip
+    model[0].padding, model[0].dilation, model[0].stride = (2, 2), (2, 1), 1
+    model[1].padding = (0, 3)
+    model[2].padding_mode = "replicate"
+    model[3].padding, model[4].dilation = (7, 7), (2, 2)
+    return settled(model), images(2, 4, 9, 9)
+
+
+@awkward("0", "1", "2")
+def weights_exchanged() -> Any:
+    """`in_channels`, `out_channels` and `kernel_size` stay behind: the weight is what runs."""
+    model = settled(nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))))
+    with torch.no_grad():
+        model[0].weight = nn.Parameter(torch.randn(4, 1, 3, 3).double())
+        model[1].weight.data, model[1].bias.data = model[1].weight.data[:3], model[1].bias.data[:3]
+        model[2].weight.data = torch.randn(4, 3, 5, 5).double()
+    return model, images(2, 1, 9, 9)
+
+
+@awkward("0", "1", "2", "3")
+def one_input_channel_in_each_group() -> Any:
+    return settled(
+        nn.Sequential(
+            nn.Conv2d(1, 12, 5, padding=1), nn.Conv2d(12, 24, 3, groups=12, padding=1), nn.Conv2d(24, 1, 3),
+            nn.Conv2d(1, 16, (9, 1), padding=(4, 0), stride=(2, 1), bias=False),
+        )
+    ), images(2, 1, 14, 14)  # fmt: skip
+
+
+@awkward("2", left={"0": "a Conv3d: only Conv2d", "3": "a ConvTranspose2d: only Conv2d", "5": "a Conv1d: only"})
+def convolutions_of_other_kinds() -> Any:
+    model = nn.Sequential(
+        nn.Conv3d(2, 4, (3, 1, 1)), nn.Flatten(1, 2), nn.Conv2d(8, 4, 3), nn.ConvTranspose2d(4, 4, 3),
+        nn.Flatten(2), nn.Conv1d(4, 4, 3),
+    )  # fmt: skip
+    return settled(model), images(2, 2, 4, 6, 6)
+
+
+@awkward("0", left={"1": "without channels"})
+def no_channels() -> Any:
+    empty = nn.Conv2d(4, 4, 3)
+    empty.weight, empty.bias = nn.Parameter(torch.zeros(0, 4, 3, 3)), nn.Parameter(torch.zeros(0))
+    return OnlyFirst(settled(nn.Conv2d(4, 4, 3)), empty).double().eval(), images(2, 4, 6, 6)

@@ -145,7 +145,7 @@ class ChannelSum(ChannelIndex):
         # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it. A view, not
         # a sum with zeros: quantisers would take that for a layer's output and round the bias to eight bits.
         start, _ = torch.broadcast_tensors(start.view(-1, 1, 1), x.narrow(-3, 0, 1))  # type: ignore[no-untyped-call]
-        if torch.onnx.is_in_onnx_export():
+        if torch.onnx.is_in_onnx_export() and torch._C._get_tracing_state() is not None:
             return self._by_gathers(start, x)
         return torch.index_add(start, -3, self._on(x), x)
 
@@ -156,7 +156,7 @@ class ChannelSum(ChannelIndex):
             members[channel].append(place)
         nothing = len(self.numbers)  # the number of the channel of zeros that is appended
         padded = torch.cat([x, torch.zeros_like(x.narrow(-3, 0, 1))], -3)
-        for j in range(max(map(len, members))):
+        for j in range(max(len(mine) for mine in members)):
             places = [mine[j] if j < len(mine) else nothing for mine in members]
-            start = start + torch.index_select(padded, -3, torch.tensor(places, device=x.device))
+            start = start + padded.index_select(-3, torch.as_tensor(places, device=x.device))
         return start
