@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from convsplit.choose.allocation import allocate
 from convsplit.choose.budget import Budget
-from convsplit.choose.options import Menu, Option, check_rank, closest_split, exact_menus, find_menus
+from convsplit.choose.options import Menu, Option, check_rank, closest_split, dense_option, exact_menus, find_menus
 from convsplit.choose.plan import Conditions, Plan, planned_layers
 from convsplit.data.batches import checked_batches
 from convsplit.data.moments import Marginals, measure_marginals
@@ -365,7 +365,7 @@ def _nothing_found(model: nn.Module) -> str:
 
 def _record(site: Site) -> dict[str, Any]:
     spec = site.spec
-    macs = sum(use.images * spec.macs(use.output_hw) for use in site.calls) if spec and site.calls else None
+    macs = dense_option(site).macs if spec else None
     return {
         "layer": site.name,
         "kernel": "x".join(map(str, spec.weight_shape)) if spec else "",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convsplit.data.moments import Marginals, whitened
 from convsplit.forms import CP, FORMS, Form, grouped
+from convsplit.model.running import macs_per_input
 from convsplit.model.sites import Site
 from convsplit.parallel import in_batches
 from convsplit.precision import widened
@@ -34,7 +35,8 @@ MULTIPLE = 8  # widths that are multiples of it fill the vector registers of eve
 class Option:
     """One way to run a convolution. `structure` is None for the dense one.
 
-    `macs` and `milliseconds` add up its calls, None where unknown; `arrangement` is that of `SeparableConv2d`.
+    `macs` (per input) and `milliseconds` (of the example inputs) add up its calls, None where unknown; `arrangement` is
+    that of `SeparableConv2d`.
     """
 
     structure: Structure | None
@@ -188,14 +190,14 @@ def _option(site: Site, structure: Structure, error: float) -> Option:
 
 
 def _macs(site: Site, structure: Structure | None) -> int | None:
-    """MACs of all calls of a site, in a structure or (where there is none) as it is; None where no calls are known."""
+    """MACs per input of a site, in a structure or (where there is none) as it is; None where no calls are known."""
     spec, calls = site.spec, site.calls
     assert spec is not None
     if not calls:
         return None
     if structure is None:
-        return sum(use.images * spec.macs(use.output_hw) for use in calls)
-    return sum(use.images * structure.macs(spec, use.input_hw, use.output_hw) for use in calls)
+        return macs_per_input(calls, lambda use: spec.macs(use.output_hw))
+    return macs_per_input(calls, lambda use: structure.macs(spec, use.input_hw, use.output_hw))
 
 
 def _costs_less(option: Option, dense: Option) -> bool:

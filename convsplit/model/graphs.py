@@ -2,14 +2,14 @@
 
 Two looks complete each other. `torch.fx` reads the code: which module feeds which, also functional convolutions.
 One forward pass with hooks sees the shapes, the order and the number of calls, in models that fx cannot trace too.
-Both work on a copy that shares parameters only, so that counters, caches and batch-norm statistics in the user's
-model stay as they are.
+Both work on copies, so that weights, counters, caches and batch-norm statistics in the user's model stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +42,8 @@ class Trace:
 
     `graphs` maps the name of each traced part ("" is the whole model) to its fx graph, `untraced` the name of each
     part that does not trace to the reason. `calls` maps module names to their uses in the order of first use, and
-    `macs` are those of the whole model; both are None where no example inputs were given. `functional` lists the
-    `F.conv2d` of the graphs, `graph_weights` the parameters that graphs of GraphModules read.
+    `macs` are those of the whole model per input; both are None where no example inputs were given. `functional` lists
+    the `F.conv2d` of the graphs, `graph_weights` the parameters that graphs of GraphModules read.
     """
 
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
@@ -74,8 +74,32 @@ def trace(model: nn.Module, example_inputs: Batch = None, forward: Forward | Non
     return Trace(graphs, untraced, calls, macs, functional, weights)
 
 
+_TRACING = threading.RLock()
+
+
 class SplitTracer(fx.Tracer):
-    """Keeps every kind of convolution in one piece, also subclasses that live outside torch.nn."""
+    """Keeps every kind of convolution in one piece, also subclasses that live outside torch.nn.
+
+    While it traces, torch.fx has exchanged `__call__` and `__getattr__` of all modules of the process. So one thread
+    traces at a time, and modules that other threads run meanwhile are run as they are.
+    """
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _TRACING:
+            self.thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         whole = isinstance(module, SeparableConv2d | torch.jit.ScriptModule) or is_convolution(module)

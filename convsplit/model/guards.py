@@ -5,24 +5,57 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """The states of every generator that models draw from without being given one."""
+
+    python: Any
+    numpy: Any
+    torch: tuple[Tensor, ...]  # the CPU's, then that of each CUDA device
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The present states."""
+        # Asking for the state of a device would start CUDA where nobody uses it.
+        started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = torch.cuda.get_rng_state_all() if started else []
+        return cls(random.getstate(), np.random.get_state(), (torch.get_rng_state(), *devices))
+
+    def restore(self) -> None:
+        """Go on from these states."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch[0])
+        if len(self.torch) > 1:
+            torch.cuda.set_rng_state_all(list(self.torch[1:]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState):
+            return NotImplemented
+        numpy = all(np.array_equal(one, another) for one, another in zip(self.numpy, other.numpy, strict=True))
+        devices = zip(self.torch, other.torch, strict=False)  # CUDA may have started in between
+        return numpy and self.python == other.python and all(torch.equal(one, another) for one, another in devices)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @contextmanager
 def same_globals() -> Iterator[None]:
     """Random states, default dtype, gradient mode and number of threads are afterwards what they were before."""
-    python, numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    states, dtype = RandomState.now(), torch.get_default_dtype()
     grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
-    # Asking for the state of a device would start CUDA where nobody uses it.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        states.restore()
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
         if torch.get_num_threads() != threads:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from convsplit.model.guards import same_globals
+from convsplit.model.guards import RandomState, same_globals
+from convsplit.model.hooks import Given, hooked
+from convsplit.model.values import Batch as Batch
+from convsplit.model.values import count_inputs
+from convsplit.model.values import tensors_in as tensors_in
 from convsplit.spec import Pair, pair
-
-Batch = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments
-
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -27,21 +29,6 @@ def call(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, tuple | list):
         return model(*batch)
     return model(batch)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in any nesting of tuples, lists, dicts and dataclasses (or other plain objects), in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name))
 
 
 def batches_in(inputs: Any) -> Iterable[Batch]:
@@ -58,10 +45,15 @@ def batches_in(inputs: Any) -> Iterable[Batch]:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a module: shapes of the tensor that went in and of the one that came out."""
+    """One use of a module: shapes of the tensor that went in and of the one that came out.
+
+    `inputs` is the number of inputs in the batch that the model was run on: what is counted of a call is a figure of
+    the batch, and a figure per input is that over `inputs`.
+    """
 
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    inputs: int = 1
 
     @property
     def images(self) -> int:
@@ -77,36 +69,57 @@ class Call:
         return pair(self.output_shape[-2:])
 
 
+def macs_per_input(calls: Sequence[Call], of_an_image: Callable[[Call], int]) -> int:
+    """The MACs of all calls together, shared among the inputs of the batch; 0 without calls."""
+    return round(sum(use.images * of_an_image(use) for use in calls) / calls[0].inputs) if calls else 0
+
+
 def observe_calls(
     model: nn.Module, batch: Batch, forward: Forward | None = None
 ) -> tuple[dict[str, tuple[Call, ...]], int]:
-    """Run a model once and note every call of a module that takes and returns one tensor; also the MACs of it all."""
-    calls: dict[str, list[Call]] = {}
-    names = {id(module): name for name, module in model.named_modules()}
+    """Run a model once and note every call of a module that takes and returns one tensor; also the MACs per input."""
+    shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            use = Call(tuple(args[0].shape), tuple(output.shape))
-            calls.setdefault(names[id(module)], []).append(use)
+    def note(name: str, given: Given, output: Any) -> None:
+        x = given.tensor
+        if x is not None and isinstance(output, Tensor):
+            shapes.setdefault(name, []).append((x.shape, output.shape))
 
-    with watch_modules(model, note), quiet_run(model), FlopCounterMode(display=False) as counter:
+    with (
+        hooked(dict(model.named_modules()), after=note), quiet_run(model), first_convolution(model) as seen,
+        FlopCounterMode(display=False) as counter,
+    ):  # fmt: skip
         run_or_explain(model, batch, forward)
-    return {name: tuple(uses) for name, uses in calls.items()}, counter.get_total_flops() // 2
+    inputs = max(1, count_inputs(batch, seen))
+    calls = {name: tuple(Call(tuple(x), tuple(y), inputs) for x, y in uses) for name, uses in shapes.items()}
+    return calls, round(counter.get_total_flops() / 2 / inputs)
 
 
 @contextmanager
-def watch_modules(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """Call `hook(module, args, output)` after every module's forward, while inside."""
-    handles = [
-        module.register_forward_hook(hook)
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
+def first_convolution(model: nn.Module) -> Iterator[list[int]]:
+    """How many images the first convolution to be called works on, one number for each of its calls while inside."""
+    first: list[str] = []
+    seen: list[int] = []
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+
+    def note(name: str, given: Given) -> None:
+        x, conv = given.tensor, convolutions[name]
+        first.append(name)
+        if name == first[0] and x is not None:
+            seen.append(x.shape[0] if x.dim() == conv.weight.dim() else 1)
+
+    with hooked(convolutions, before=note):
+        yield seen
+
+
+def is_random(model: nn.Module, batch: Batch, forward: Forward | None = None) -> bool:
+    """Whether a model draws random numbers on a batch; run as it is, the random state put back."""
+    before = RandomState.now()
     try:
-        yield
+        (forward or call)(model, batch)
+        return RandomState.now() != before
     finally:
-        for handle in handles:
-            handle.remove()
+        before.restore()
 
 
 @contextmanager
@@ -125,35 +138,27 @@ def quiet_run(*models: nn.Module) -> Iterator[None]:
 
 def run_or_explain(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Any:
     """Run the model; a failure is raised again with the module it happened in and the shapes that reached it."""
-    entered: list[tuple[str, nn.Module, Any]] = []
-    names = {id(module): name for name, module in model.named_modules()}
+    entered: list[tuple[str, Given]] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        entered.append((names[id(module)], module, args))
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        while entered and entered.pop()[1] is not module:
+    def leave(name: str, given: Given, output: Any) -> None:
+        while entered and entered.pop()[0] != name:
             pass
 
-    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    handles = [m.register_forward_pre_hook(enter) for m in plain]
-    handles += [m.register_forward_hook(leave) for m in plain]
-    try:
-        return (forward or call)(model, batch)
-    except Exception as error:
-        raise ValueError(_explain(error, model, batch, entered)) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = dict(model.named_modules())
+    with hooked(modules, before=lambda name, given: entered.append((name, given)), after=leave):
+        try:
+            return (forward or call)(model, batch)
+        except Exception as error:
+            raise ValueError(_explain(error, model, batch, entered)) from error
 
 
-def _explain(error: Exception, model: nn.Module, batch: Batch, entered: list[tuple[str, nn.Module, Any]]) -> str:
+def _explain(error: Exception, model: nn.Module, batch: Batch, entered: list[tuple[str, Given]]) -> str:
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(batch)) or "no tensor"
     text = f"{type(model).__name__} does not run on the given inputs (shapes {shapes})"
     if entered and entered[-1][0]:
-        name, module, args = entered[-1]
-        got = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(args)) or "no tensor"
-        text += f": module {name!r} ({type(module).__name__}) got {got} and"
+        name, given = entered[-1]
+        got = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in((given.args, given.kwargs))) or "no tensor"
+        text += f": module {name!r} ({type(model.get_submodule(name)).__name__}) got {got} and"
     text += f" failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
     if isinstance(error, TypeError) and isinstance(batch, tuple | list) and len(batch) > 1:
         text += (
