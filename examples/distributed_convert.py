@@ -41,7 +41,7 @@ def main() -> None:
     )
 
     difference = largest_difference(converted)
-    drift = convsplit.compare(model, converted, images[:256]).drift.relative
+    drift = convsplit.compare(converted, model, images[:256]).drift.relative
     if rank == 0:
         print(f"{world} processes, drift {drift:.3f}, largest difference between their weights {difference:g}")
         if arguments.out:

@@ -86,7 +86,7 @@ def main() -> None:
 
     budget = convsplit.Budget(params=arguments.params)
     converted = convsplit.convert(model, batches[0][:1], budget=budget, calibration=batches, progress=True)
-    console.print(str(convsplit.compare(model, converted, batches[0])), highlight=False)
+    console.print(str(convsplit.compare(converted, model, batches[0])), highlight=False)
     if arguments.minutes:
         loader = DataLoader(data, batch_size=32, shuffle=True, drop_last=True)
         course = convsplit.distill(
@@ -94,7 +94,7 @@ def main() -> None:
             augment=lambda images: images.flip(3) if torch.rand(()) < 0.5 else images, progress=True,
         )  # fmt: skip
         console.print(f"distilled: loss {course.before.loss:.3g} -> {course.best.loss:.3g}")
-        console.print(str(convsplit.compare(model, converted, batches[0])), highlight=False)
+        console.print(str(convsplit.compare(converted, model, batches[0])), highlight=False)
     convsplit.save(converted, arguments.out)
     console.print(f"saved to {arguments.out}; back with convsplit.load({str(arguments.out)!r}, model)")
 

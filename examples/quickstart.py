@@ -48,7 +48,7 @@ def main() -> None:
             console.rule(f"The plan: {point.plan.budget}")
             console.print(str(point.plan), highlight=False)
             console.rule("The report")
-            console.print(str(convsplit.compare(model, converted, images[:100])), highlight=False)
+            console.print(str(convsplit.compare(converted, model, images[:100])), highlight=False)
         note(f"params={point.plan.budget.fraction:g}", converted, f"{seconds:.1f}")
     console.rule("Accuracy on the test images, without any repair or training after the conversion")
     headings = ["model", "parameters", "accuracy", "agreement", "drift", "seconds"]

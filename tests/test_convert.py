@@ -45,7 +45,7 @@ def test_macs_budget():
     plan = convsplit.make_plan(model, images(), budget=Budget(macs=0.4))
     totals = plan.totals()
     assert 0.3 < totals["macs_after"] / totals["macs_before"] <= 0.4
-    report = convsplit.compare(model, convsplit.apply_plan(model, plan), images())
+    report = convsplit.compare(convsplit.apply_plan(model, plan), model, images())
     assert report.macs == (totals["model_macs_before"], totals["model_macs_after"])
     assert report.params == (totals["model_params_before"], totals["model_params_after"])
 
@@ -101,7 +101,7 @@ def test_the_model_is_never_touched():
     flags = [m.training for m in model.modules()]
     hooks = [len(m._forward_hooks) for m in model.modules()]
     converted = convsplit.convert(model, images())
-    convsplit.compare(model, converted, images())
+    convsplit.compare(converted, model, images())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert [m.training for m in model.modules()] == flags
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
@@ -268,7 +268,7 @@ def test_compare_every_kind_of_output():
         lambda y: {"a": (y, None)},
     ):
         model = Wrapper(wrap)
-        report = convsplit.compare(model, convsplit.convert(model, exact=True), images())
+        report = convsplit.compare(convsplit.convert(model, exact=True), model, images())
         assert report.drift.relative < 1e-4
         assert report.drift.cosine == pytest.approx(1, abs=1e-6)
         assert report.agreement == 1
@@ -278,7 +278,7 @@ def test_compare_every_kind_of_output():
 def test_local_drift_is_the_layers_own_and_accumulated_has_everything_upstream():
     model = small_net()
     converted = convsplit.convert(model, budget=Budget(params=0.3))
-    first, *_, last = convsplit.compare(model, converted, images()).layers
+    first, *_, last = convsplit.compare(converted, model, images()).layers
     assert first.local.relative == pytest.approx(first.accumulated.relative, rel=1e-5)
     assert last.local.relative < last.accumulated.relative
 
@@ -286,21 +286,21 @@ def test_local_drift_is_the_layers_own_and_accumulated_has_everything_upstream()
 def test_compare_streams_batches():
     model = small_net()
     converted = convsplit.convert(model, budget=Budget(params=0.3))
-    whole = convsplit.compare(model, converted, images(6))
-    parts = convsplit.compare(model, converted, (batch for batch in images(6).split(2)))
+    whole = convsplit.compare(converted, model, images(6))
+    parts = convsplit.compare(converted, model, (batch for batch in images(6).split(2)))
     assert parts.drift.relative == pytest.approx(whole.drift.relative, rel=1e-5)
     assert parts.layers[0].accumulated.relative == pytest.approx(whole.layers[0].accumulated.relative, rel=1e-5)
     labelled = [(batch, torch.zeros(2)) for batch in images(6).split(2)]
-    again = convsplit.compare(model, converted, labelled, forward=lambda m, batch: m(batch[0]))
+    again = convsplit.compare(converted, model, labelled, forward=lambda m, batch: m(batch[0]))
     assert again.drift == parts.drift
 
 
 def test_compare_refuses_nothing_and_strangers():
     model = small_net()
     with pytest.raises(ValueError, match="no batch"):
-        convsplit.compare(model, convsplit.convert(model), [])
+        convsplit.compare(convsplit.convert(model), model, [])
     with pytest.raises(ValueError, match="not its conversion"):
-        convsplit.compare(nn.Sequential(nn.Conv2d(3, 3, 3)), convsplit.convert(model), images())
+        convsplit.compare(convsplit.convert(model), nn.Sequential(nn.Conv2d(3, 3, 3)), images())
 
 
 def test_functions_that_hold_on_to_the_original_are_named():

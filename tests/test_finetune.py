@@ -24,7 +24,7 @@ def converted_net(cls=SmallNet, fraction=0.2):
 
 
 def drift(model, converted, inputs):
-    return convsplit.compare(model, converted, inputs).drift.relative
+    return convsplit.compare(converted, model, inputs).drift.relative
 
 
 def same(one: dict, other: dict) -> bool:

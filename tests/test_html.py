@@ -38,7 +38,7 @@ def results() -> tuple[convsplit.Report, convsplit.Frontier]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)).eval()
     inputs = torch.randn(2, 3, 9, 9)
-    report = convsplit.compare(model, convsplit.convert(model, forms="dw-pw", rank=1), inputs)
+    report = convsplit.compare(convsplit.convert(model, forms="dw-pw", rank=1), model, inputs)
     return report, convsplit.frontier(model, batches=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
 
 

@@ -248,7 +248,7 @@ def test_options_of_older_plans_have_no_time() -> None:
 
 def test_a_report_has_the_milliseconds_of_its_layers() -> None:
     net = model()
-    report = convsplit.compare(net, convsplit.convert(net), torch.randn(2, 32, 12, 12), time=True)
+    report = convsplit.compare(convsplit.convert(net), net, torch.randn(2, 32, 12, 12), time=True)
     assert all(layer.milliseconds and min(layer.milliseconds) > 0 for layer in report.layers)
     assert "faster" in report.table().headings
     assert convsplit.Report.from_json(report.to_json()) == report
@@ -292,7 +292,7 @@ def test_bench_measures_every_case_and_notes_what_cannot_be() -> None:
     )  # fmt: skip
     assert [(row.batch_size, row.conditions.threads) for row in found.rows] == [(2, 1), (3, 1)]
     assert all(row.macs[1] < row.macs[0] and min(row.milliseconds) > 0 for row in found.rows)
-    assert found.rows[1].macs[0] * 2 == found.rows[0].macs[0] * 3
+    assert found.rows[1].macs == found.rows[0].macs
     assert len(found.notes) == 2
     assert "cannot be met" in found.notes[0]
     assert len(found.to_csv().splitlines()) == 3

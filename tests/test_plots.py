@@ -19,7 +19,7 @@ def results() -> tuple[convsplit.Report, convsplit.Frontier]:
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
     ).eval()
     inputs = torch.randn(2, 3, 9, 9)
-    report = convsplit.compare(model, convsplit.convert(model, forms="dw-pw", rank=1), inputs)
+    report = convsplit.compare(convsplit.convert(model, forms="dw-pw", rank=1), model, inputs)
     return report, convsplit.frontier(model, batches=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
 
 

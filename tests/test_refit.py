@@ -27,7 +27,7 @@ from convsplit.repair.solve import Metric, Quadratic, fit_factors, improved, qua
 
 
 def drift(model: nn.Module, converted: nn.Module, inputs: torch.Tensor) -> float:
-    return convsplit.compare(model, converted, inputs).drift.relative
+    return convsplit.compare(converted, model, inputs).drift.relative
 
 
 def converted_net(cls=SmallNet, form=tuple(FORMS), fraction=0.3):

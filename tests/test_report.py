@@ -25,7 +25,7 @@ def small_model() -> nn.Module:
 @pytest.fixture(scope="module")
 def report() -> convsplit.Report:
     model = small_model()
-    return convsplit.compare(model, convsplit.convert(model, forms="dw-pw", rank=1), torch.randn(5, 3, 9, 9))
+    return convsplit.compare(convsplit.convert(model, forms="dw-pw", rank=1), model, torch.randn(5, 3, 9, 9))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_schema_names_every_field(report: convsplit.Report) -> None:
 def test_components_that_cancel_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3)).eval()
     converted = convsplit.convert(model, forms="pw-dw-pw", rank=4)
-    report = convsplit.compare(model, converted, torch.randn(2, 8, 5, 5))
+    report = convsplit.compare(converted, model, torch.randn(2, 8, 5, 5))
     assert 0 < report.layers[0].largest_component < 2
     assert "cancel" not in report.summary()
     layer = converted[0]
@@ -75,7 +75,7 @@ def test_components_that_cancel_are_named() -> None:
         layer.pointwise_out.weight[:, 1] = -layer.pointwise_out.weight[:, 0]
         layer.pointwise_in.weight[1] = layer.pointwise_in.weight[0]
         layer.depthwise.weight[:2] = 100
-    report = convsplit.compare(model, converted, torch.randn(2, 8, 5, 5))
+    report = convsplit.compare(converted, model, torch.randn(2, 8, 5, 5))
     assert report.layers[0].largest_component > 10
     assert "components of 0 cancel each other" in report.summary()
 

@@ -111,7 +111,7 @@ def report(args: Namespace) -> None:
     """
     inputs, model = required_inputs_of(args), model_of(args)
     converted = _converted(args, model, inputs)
-    made = compare(model, converted, inputs, time=args.time, progress=progress_of(args))
+    made = compare(converted, model, inputs, time=args.time, progress=progress_of(args))
     for path, text in ((args.out, made.to_json), (args.markdown, made.to_markdown), (args.csv, made.to_csv)):
         if path:
             write(path, text())

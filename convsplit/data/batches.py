@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,29 +11,80 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from convsplit.data.processes import all_reduced
-from convsplit.model.running import Batch, batches_in, tensors_in
-from convsplit.progress import ConversionWarning
+from convsplit.model.running import Batch, batches_in
+from convsplit.model.values import count_inputs, is_empty, main_tensor, tensors_in
+from convsplit.progress import ConversionWarning, warn
+
+MOST_INPUTS = 10_000  # read of an iterable that does not tell its length, and may have no end
+
+
+def length_of(batches: Iterable[Any]) -> int | None:
+    """How many batches there are; None where that is not told (a loader may have `__len__` and not know either)."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def batches_of(batches: Any) -> Iterator[Batch]:
+    """The batches one by one, empty ones left out; no more than `MOST_INPUTS` inputs where there may be no end.
+
+    Warns:
+        ConversionWarning: an iterable that does not tell its length was not read to its end.
+    """
+    source = batches_in(batches)
+    endless, read = length_of(source) is None, 0
+    for batch in source:
+        if endless and read >= MOST_INPUTS:
+            warnings.warn(
+                f"read {read} inputs of an iterable that does not tell its length, and stopped there: give a list, or "
+                "something that has a length, to use more",
+                ConversionWarning,
+                stacklevel=3,
+            )
+            return
+        if not is_empty(batch):
+            read += count_inputs(batch)
+            yield batch
 
 
 def checked_batches(batches: Any) -> list[Batch]:
-    """All batches, read once, none of them NaN or infinite.
+    """All batches, read once, empty ones left out, no NaN in any. Infinite values may be masks, and are let through.
 
     Raises:
-        ValueError: no batches, or one with NaN or infinite values (says which).
+        ValueError: no batches, batches without any input, or one that holds NaN (says which).
+
+    Warns:
+        ConversionWarning: all inputs are equal numbers throughout, and so carry nothing; or more than could be read.
     """
-    data = list(batches_in(batches))
+    data = list(batches_of(batches))
     counts = all_reduced(torch.tensor([len(data), -len(data)]), "MAX").tolist()
     if counts[0] and not counts[1]:
         raise ValueError("one of the processes has no batches: deal them out so that each has some")
     if counts[0] != -counts[1]:
         text = f"processes have from {-counts[1]} to {counts[0]} batches: each position counts the same, whoever has it"
-        warnings.warn(text, ConversionWarning, stacklevel=3)
+        warn(text)
     if not data:
-        raise ValueError("no batches: give some unlabelled inputs to calibrate on")
+        held = "no batches" if not length_of(batches_in(batches)) else "the batches are empty, none holds an input"
+        raise ValueError(f"{held}: give some unlabelled inputs to calibrate on")
     for index, batch in enumerate(data):
-        if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors_in(batch)):
-            raise ValueError(f"batch {index} holds NaN or infinite values: leave it out")
+        if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(batch)):
+            raise ValueError(f"batch {index} holds NaN: leave it out")
+    if all(_is_constant(batch) for batch in data):
+        warnings.warn(
+            "the calibration inputs have no variance (images of one colour?): they tell nothing about what layers see",
+            ConversionWarning,
+            stacklevel=3,
+        )
     return data if torch.is_inference_mode_enabled() else [tree_map(_outside_inference, batch) for batch in data]
+
+
+def _is_constant(batch: Batch) -> bool:
+    """Whether the images of a batch are one number each channel throughout."""
+    images = main_tensor(batch)
+    if images is None or images.dim() < 3 or not images.is_floating_point():
+        return False
+    return bool((images.amax((-2, -1)) == images.amin((-2, -1))).all())
 
 
 def _outside_inference(value: Any) -> Any:

@@ -20,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from convsplit.data.recipe import Name, Place, resolved
 from convsplit.data.tail import Tail
-from convsplit.model.running import Batch, Forward, run_or_explain, tensors_in, watch_modules
+from convsplit.model.hooks import Given, hooked
+from convsplit.model.running import Batch, Forward, run_or_explain, tensors_in
 
 aten = torch.ops.aten
 _BATCH_NORMS = {  # and where the flag for training is among the arguments, if anywhere
@@ -56,13 +57,8 @@ def see_what_follows(model: nn.Module, names: Iterable[str], batch: Batch, forwa
         ValueError: the model does not run on the batch; names the module that failed and what reached it.
     """
     watch = _Watch(model, set(names))
-    before = [m.register_forward_pre_hook(watch.enter, with_kwargs=True) for m in watch.modules]
-    try:
-        with watch_modules(model, watch.leave), watch:
-            watch.finish(run_or_explain(model, batch, forward))
-    finally:
-        for handle in before:
-            handle.remove()
+    with hooked(dict(model.named_modules()), before=watch.enter, after=watch.leave), watch:
+        watch.finish(run_or_explain(model, batch, forward))
     tails = {name: _tail(chain) for name, chain in watch.chains.items() if watch.calls[name] == 1}
     return Following(watch.calls, tails, watch.alive)
 
@@ -72,7 +68,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module, layers: set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.modules = {m: n for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
         self.layers, self.clock = layers, 0
         self.calls: dict[str, int] = {}
         self.alive: dict[str, int] = {}
@@ -86,17 +81,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return False  # it is never compiled, and marking it so would import the compiler, which takes seconds
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, name: str, given: Given) -> None:
         self.clock += 1
-        name = self.modules[module]
         self.calls[name] = self.calls.get(name, 0) + 1
-        first = next(iter((*args, *kwargs.values())), None)
+        first = next(iter((*given.args, *given.kwargs.values())), None)
         if isinstance(first, Tensor):
             self._seen(first, Place(name, given=False))
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, name: str, given: Given, output: Any) -> None:
         self.clock += 1
-        name = self.modules[module]
         if not isinstance(output, Tensor):
             return
         self._seen(output, Place(name, given=True))

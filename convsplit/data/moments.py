@@ -7,7 +7,7 @@ the unknowns, on a grid that shifts from batch to batch. Where several processes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from convsplit.data.processes import all_reduced, all_reduced_each, is_shared
+from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
+from convsplit.model.values import tensors_in
 from convsplit.precision import widened
 from convsplit.spec import Pair, padding_around
 
 POSITIONS_PER_UNKNOWN = 200
+ROUNDING = 1e-12  # of the energy of patches: what is left of it once their mean is taken off equal ones
 SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3
 
 
@@ -101,44 +104,50 @@ def whitened(kernel: Tensor, channels: Root, positions: Root) -> Tensor:
 def measure_marginals(
     model: nn.Module, convs: Mapping[str, nn.Conv2d], batches: Sequence[Batch], forward: Forward | None = None
 ) -> dict[str, Marginals]:
-    """Marginals at all the named layers, in one forward pass over the batches; layers never reached are left out.
+    """Marginals at all the named layers, in one forward pass over the batches.
 
-    `convs` are the plain convolutions that the layers of those names equal; the model is left as it is.
+    Layers never reached are left out, and those whose inputs do not vary. `convs` are the plain convolutions that the
+    layers of those names equal; the model is left as it is.
+
+    Raises:
+        ValueError: a batch leads to NaN or infinite values inside the model.
     """
     sums: dict[str, list[Tensor]] = {}
     seen = dict.fromkeys(convs, 0)
     modules = dict(model.named_modules())
     count = int(all_reduced(torch.tensor(len(batches))))  # once: hooks of several processes do not run in step
 
-    def watch(name: str, conv: nn.Conv2d) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x, y = args[0], output
-            if x.dim() == 3:
-                x, y = x.unsqueeze(0), y.unsqueeze(0)
-            positions = math.prod(conv.kernel_size)
-            step = thinning(y.shape[-2:], y.shape[0] * count, conv.in_channels, positions, limit=SAMPLE_BYTES // 4)
-            patches = sampled_patches(conv, conv.groups, x, y.shape[-2:], step, seen[name])
-            seen[name] += 1
-            patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
-            centred = patches - patches.mean((2, 3), keepdim=True)
-            rows = centred.flatten(2)
-            parts = [(rows @ rows.mT).double(), (centred @ centred.mT).sum(1).double()]
-            sums[name] = parts if name not in sums else [a + b for a, b in zip(sums[name], parts, strict=True)]
+    def watch(name: str, given: Given, output: Any) -> None:
+        conv, x, y = convs[name], given.tensor, next(tensors_in(output))
+        assert x is not None
+        if x.dim() == 3:
+            x, y = x.unsqueeze(0), y.unsqueeze(0)
+        positions = math.prod(conv.kernel_size)
+        step = thinning(y.shape[-2:], y.shape[0] * count, conv.in_channels, positions, limit=SAMPLE_BYTES // 4)
+        patches = sampled_patches(conv, conv.groups, x, y.shape[-2:], step, seen[name])
+        seen[name] += 1
+        patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
+        centred = patches - patches.mean((2, 3), keepdim=True)
+        if centred.square().sum() <= ROUNDING * patches.square().sum():
+            centred = torch.zeros_like(centred)
+        rows = centred.flatten(2)
+        parts = [(rows @ rows.mT).double(), (centred @ centred.mT).sum(1).double()]
+        sums[name] = parts if name not in sums else [a + b for a, b in zip(sums[name], parts, strict=True)]
 
-        return hook
-
-    handles = [modules[name].register_forward_hook(watch(name, conv)) for name, conv in convs.items()]
-    try:
-        with quiet_run(model):
-            for batch in batches:
-                run_or_explain(model, batch, forward)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked({name: modules[name] for name in convs}, after=watch), quiet_run(model):
+        for batch in batches:
+            run_or_explain(model, batch, forward)
     found = [all_reduced_each({name: parts[which] for name, parts in sums.items()}, convs) for which in range(2)]
     reached = {name: [each[name] for each in found] for name in convs if name in found[0]}
+    if broken := [name for name, parts in reached.items() if not all(bool(part.isfinite().all()) for part in parts)]:
+        raise ValueError(f"the batches lead to NaN or infinite values at {broken[0]!r}: leave out those that do")
+    # Without variance in its inputs a layer keeps the plain metric: their moments would say that nothing matters.
     return {name: Marginals(*(part / part.diagonal(dim1=1, dim2=2).mean() for part in parts))
-            for name, parts in reached.items()}  # fmt: skip
+            for name, parts in reached.items() if all(_varies(part) for part in parts)}  # fmt: skip
+
+
+def _varies(moment: Tensor) -> bool:
+    return bool(moment.diagonal(dim1=1, dim2=2).mean() > 0)
 
 
 def thinning(

@@ -90,6 +90,7 @@ def _tap(name: str, taps: list[tuple[str, Tensor]]) -> Callable[..., Any]:
 
 
 def _add(sums: dict[str, Tensor], taps: list[tuple[str, Tensor]], output: Any, seed: int) -> None:
+    taps = list(taps)  # gradient checkpointing runs layers again in the backward pass, and their taps do not count
     outputs = [value for value in tensors_in(output) if value.requires_grad]
     if not outputs or not taps:
         return

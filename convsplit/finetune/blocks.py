@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,9 @@ from convsplit.data.walk import first_of, walk
 from convsplit.finetune.steps import Steps, start_lockstep
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.copies import scratch_copy
-from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
+from convsplit.model.hooks import Given, hooked
+from convsplit.model.running import Batch, Forward, call, quiet_run, run_or_explain
+from convsplit.precision import widened
 
 MOST_LAYERS = 8  # split layers in a span; more of them are no block any longer
 _GOES_ON = ("batchnorm", "activation", "dropout", "normalization", "instancenorm")  # modules of torch.nn
@@ -36,12 +38,14 @@ _GOES_ON_FUNCTIONS = (
 class Block:
     """A part of the converted model at the moment its turn has come.
 
-    `run` computes it, differentiably; `layers` are the split layers in it; `inputs` come from the converted model as it
-    is now, `targets` from the original.
+    `run` computes it, differentiably and under the autocast that the model itself runs it under; `modules` are those in
+    it, `layers` the split ones; `inputs` come from the converted model as it is now, `targets` from the original, both
+    in float32 at least.
     """
 
     name: str
     layers: tuple[SeparableConv2d, ...]
+    modules: tuple[nn.Module, ...]
     run: Callable[[Tensor], Any]
     inputs: list[Tensor]
     targets: list[Tensor]
@@ -112,9 +116,12 @@ def _by_spans(
         _advance(before, done, end)
         own = after.nodes[start + 1 : end + 1]
         names = _layers_in(own, split)
-        inputs = [value.clone() for value in after.values(after.nodes[start])]  # blocks may work on them in place
-        targets = [value.clone() for value in before.values(before.nodes[end])]
-        yield Block(names[0], tuple(split[n] for n in names), _Span(after.model, start, end), inputs, targets)
+        inputs = [widened(value.clone()) for value in after.values(after.nodes[start])]  # blocks may work in place
+        targets = [widened(value.clone()) for value in before.values(before.nodes[end])]
+        modules = tuple(after.model.get_submodule(str(n.target)) for n in own if n.op == "call_module")
+        yield Block(
+            names[0], tuple(split[n] for n in names), modules, _Span(after.model, start, end), inputs, targets
+        )
         _advance(after, start, end)
         done = end
 
@@ -173,18 +180,40 @@ def _around(name: str, arguments: dict[str, list[int]]) -> str:
 def _by_modules(
     original: nn.Module, converted: nn.Module, names: list[str], batches: Sequence[Batch], forward: Forward | None
 ) -> Iterator[Block]:
+    modes = _autocast_around(converted, names, batches[0], forward)
     stops = walk(original, converted, names, (), batches, forward, math.inf, tails=False, every_call=False)
     with closing(stops):
         for stop in stops:
             module = converted.get_submodule(stop.name)
             layers = tuple(m for m in module.modules() if isinstance(m, SeparableConv2d))
-            pairs = [(x.clone(), y.clone()) for x, y, _ in stop.values()]  # modules may work on them in place
-            yield Block(stop.name, layers, _Module(module), [x for x, _ in pairs], [y for _, y in pairs])
+            pairs = [(widened(x.clone()), widened(y.clone())) for x, y, _ in stop.values()]  # may be worked on in place
+            run = _Module(module, modes[stop.name])
+            yield Block(stop.name, layers, (module,), run, [x for x, _ in pairs], [y for _, y in pairs])
+
+
+def _autocast_around(
+    model: nn.Module, names: Sequence[str], batch: Batch, forward: Forward | None
+) -> dict[str, dict[str, torch.dtype]]:
+    """Under which autocast the model itself runs each of its modules: device types with their dtypes."""
+    found: dict[str, dict[str, torch.dtype]] = {name: {} for name in names}
+
+    def note(name: str, given: Given) -> None:
+        kinds = ("cpu", "cuda")
+        found[name] = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+    with hooked({name: model.get_submodule(name) for name in names}, before=note):
+        (forward or call)(model, batch)
+    return found
 
 
 class _Module:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    """A module as a function of the tensor that enters it."""
+
+    def __init__(self, module: nn.Module, autocast: dict[str, torch.dtype]) -> None:
+        self.module, self.autocast = module, autocast
 
     def __call__(self, x: Tensor) -> Any:
-        return self.module(x.clone())
+        with ExitStack() as modes:
+            for kind, dtype in self.autocast.items():
+                modes.enter_context(torch.autocast(kind, dtype))
+            return self.module(x.clone())

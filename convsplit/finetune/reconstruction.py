@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from convsplit.data.batches import checked_batches
 from convsplit.finetune.blocks import Block, walk_blocks
+from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import plain_arithmetic
-from convsplit.model.running import Forward, quiet_run, run_or_explain
+from convsplit.model.pairs import check_order
+from convsplit.model.running import Forward, is_random, quiet_run, run_or_explain, warn_of_noise
+from convsplit.precision import widened, widened_weights
 from convsplit.progress import track
 
 BATCH = 64  # images per step
@@ -59,7 +62,10 @@ def reconstruct(
         progress: show a progress bar; by default only on a terminal.
 
     Raises:
-        ValueError: no batches, NaN or infinite values in one, or fewer than one step.
+        ValueError: no batches, NaN in one, values that are not finite inside the model, or fewer than one step.
+
+    Copies of the models are run: of `converted` only weights change. Weights in half precision are trained in float32.
+    A model that draws random numbers in eval mode is left as it is, with a warning.
 
     Source: Li et al., "BRECQ", 2021 (2102.05426), which does this for quantisation.
 
@@ -71,46 +77,59 @@ def reconstruct(
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: want at least 1")
+    check_order(converted, original, "reconstruct(converted, original, batches)")
     data = checked_batches(batches)
     generator = torch.Generator().manual_seed(seed)
-    with quiet_run(converted, original):
+    original = scratch_copy(original)
+    with working_copy(converted) as working, quiet_run(working, original):
         run_or_explain(original, data[0], forward)
-        count, blocks = walk_blocks(original, converted, data, forward)
+        if is_random(original, data[0], forward):
+            warn_of_noise(original, "reconstructed")
+            return ()
+        count, blocks = walk_blocks(original, working, data, forward)
         shown = track(blocks, "Reconstructing", total=count, progress=progress)
         return tuple(_fit(block, steps, lr, generator) for block in shown)
 
 
 def _fit(block: Block, steps: int, lr: float, generator: torch.Generator) -> Reconstructed:
-    """Gradient steps on one block."""
+    """Gradient steps on one block, in float32 at least: steps are smaller than half precision can tell."""
     parameters = [p for layer in block.layers for p in layer.parameters()]
-    flags = [p.requires_grad for p in parameters]
-    before = error(block)
-    kept = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    try:
-        with torch.enable_grad():
-            for p in parameters:
-                p.requires_grad_(True)
-            for step in range(steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * schedule(step / steps)
-                x, target = _minibatch(block, generator)
-                loss = (block.run(x) - target).square().mean()
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for p, gradient in zip(parameters, gradients, strict=True):
-                    p.grad = gradient
-                optimizer.step()
-        after = error(block)
-    except BaseException:  # an interrupted block is put back, those before it stay
+    flags, stored = [p.requires_grad for p in parameters], [p.dtype for p in parameters]
+    with widened_weights(block.modules):
+        before, kept = error(block), [p.detach().clone() for p in parameters]
+        if not math.isfinite(before):
+            raise ValueError(
+                f"block {block.name!r} gets or gives NaN or infinite values: leave out inputs that do that"
+            )
         after = math.inf
-        raise
-    finally:
-        for p, flag, value in zip(parameters, flags, kept, strict=True):
-            p.grad = None
-            p.requires_grad_(flag)
-            if not after < before:
-                p.data.copy_(value)
+        try:
+            _train(block, parameters, steps, lr, generator)
+            for p, dtype in zip(parameters, stored, strict=True):
+                p.data = p.data.to(dtype).to(p.dtype)  # as it will be kept
+            after = error(block)
+        finally:  # an interrupted block is put back, those before it stay
+            for p, flag, value in zip(parameters, flags, kept, strict=True):
+                p.grad = None
+                p.requires_grad_(flag)
+                if not after < before:
+                    p.data.copy_(value)
     return Reconstructed(block.name, before, min(before, after))
+
+
+@torch.enable_grad()
+def _train(block: Block, parameters: list[nn.Parameter], steps: int, lr: float, generator: torch.Generator) -> None:
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for p in parameters:
+        p.requires_grad_(True)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step / steps)
+        x, target = _minibatch(block, generator)
+        loss = (widened(block.run(x)) - target).square().mean()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        optimizer.step()
 
 
 def schedule(share: float) -> float:
@@ -143,6 +162,6 @@ def error(block: Block) -> float:
     """Squared error of a block's output relative to the energy of the original's."""
     missed = energy = 0.0
     for x, target in zip(block.inputs, block.targets, strict=True):
-        missed += float((block.run(x) - target).square().sum())
+        missed += float((widened(block.run(x)) - target).square().sum())
         energy += float(target.square().sum())
     return missed / max(energy, 1e-30)

@@ -46,8 +46,8 @@ def working_copy(model: nn.Module) -> Iterator[nn.Module]:
         ValueError: `eval()` writes to the model's weights.
     """
     _refuse_writing_eval(model)
-    split = {name: layer for name, layer in model.named_modules() if isinstance(layer, SeparableConv2d)}
-    own: list[Any] = [*model.parameters(), *(stage for layer in split.values() for stage in layer.stages.values())]
+    split = [layer for layer in model.modules() if isinstance(layer, SeparableConv2d)]
+    own: list[Any] = [*model.parameters(), *(stage for layer in split for stage in layer.stages.values())]
     own += [buffer for norm in model.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()]
     copied = deep_copy(model, {id(part): part for part in own})
     if {id(p) for p in copied.parameters()} != {id(p) for p in model.parameters()}:
@@ -59,8 +59,6 @@ def working_copy(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield copied
     finally:
-        for name, layer in split.items():
-            layer.spec = copied.get_submodule(name).spec  # type: ignore[assignment]  # which says whether there is a bias
         for module, training in flags:
             module.training = training
 

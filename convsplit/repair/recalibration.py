@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsplit.data.batches import checked_batches
 from convsplit.data.processes import all_reduced
+from convsplit.model.copies import working_copy
 from convsplit.model.guards import plain_arithmetic
 from convsplit.model.running import Forward, quiet_run, run_or_explain
 from convsplit.progress import track
@@ -36,19 +37,19 @@ def recalibrate(
     True
     """
     data = checked_batches(batches)
-    norms = [
-        module for module in converted.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
-    momenta = [norm.momentum for norm in norms]
-    before = [{key: value.clone() for key, value in norm.named_buffers()} for norm in norms]
-    with quiet_run(converted):
+    with working_copy(converted) as working, quiet_run(working):
+        norms = [
+            module for module in working.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+        ]
+        momenta = [norm.momentum for norm in norms]
+        before = [{key: value.clone() for key, value in norm.named_buffers()} for norm in norms]
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over batches
                 norm.train()
             for batch in track(data, "Batch norm", progress=progress):
-                run_or_explain(converted, batch, forward)
+                run_or_explain(working, batch, forward)
         except BaseException:  # interrupted or failed half-way: as it was
             for norm, buffers in zip(norms, before, strict=True):
                 norm.load_state_dict(buffers, strict=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,9 +21,11 @@ from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.lowrank import CP
+from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import plain_arithmetic
-from convsplit.model.running import Forward, quiet_run
-from convsplit.progress import ConversionWarning, track
+from convsplit.model.pairs import check_order
+from convsplit.model.running import Forward, is_random, quiet_run, run_or_explain, warn_of_noise
+from convsplit.progress import track, warn
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.repair.samples import Moments, Samples
 from convsplit.repair.solve import Metric
@@ -92,6 +93,9 @@ def refit(
         progress: show a progress bar; by default only on a terminal.
         starts: CP fits of layers that are at hand, to begin with the best of them.
 
+    Copies of the models are run: of `converted` only weights change. A model that draws random numbers in eval mode
+    gives no outputs that could be compared; it is left as it is, with a warning.
+
     Returns:
         for each repaired layer, the relative squared error of what the model goes on with, before and after.
 
@@ -113,6 +117,7 @@ def refit(
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; want one of {', '.join(map(repr, TARGETS))}")
     began = time.monotonic()
+    check_order(converted, original, "refit(converted, original, batches)")
     data = checked_batches(batches)
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
     modules = dict(original.named_modules())
@@ -121,14 +126,20 @@ def refit(
             raise ValueError(f"converted has a split layer {name!r}, original has no such module: not its conversion")
     others = _dense_layers(converted, modules) if dense else []
     repaired: list[Repaired] = []
-    with quiet_run(converted, original):
+    original = scratch_copy(original)
+    modules = dict(original.named_modules())
+    with working_copy(converted) as converted, quiet_run(converted, original):
+        run_or_explain(original, data[0], forward)
+        if is_random(original, data[0], forward):
+            warn_of_noise(original, "repaired")
+            return ()
         metrics = {} if target == "layer" else measure_sensitivity(original, layers, data, forward, seed=seed)
         stops = walk(original, converted, layers, others, data, forward, MEMORY_LIMIT, tails=target == "activation")
         with closing(stops):
             for stop in track(stops, "Refitting", total=len(layers) + len(others), progress=progress):
                 if _is_over(began, seconds):
                     text = f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were"
-                    warnings.warn(text, ConversionWarning, stacklevel=4)  # past the decorators
+                    warn(text)
                     break
                 layer = converted.get_submodule(stop.name)
                 assert isinstance(layer, SeparableConv2d | nn.Conv2d)
@@ -136,7 +147,7 @@ def refit(
                 samples = fit.take(stop)
                 if not samples.batches:
                     text = f"{stop.name}: no batch leads to inputs of one shape in both models, so it is not repaired"
-                    warnings.warn(text, ConversionWarning, stacklevel=4)
+                    warn(text)
                     continue
                 metric = None if target == "layer" else _metric(layer, metrics.get(stop.name), samples.tail)
                 repaired.append(_repair(stop.name, fit, samples, metric, ridge))
@@ -156,6 +167,8 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
     bias = torch.zeros(len(samples.batches[0].answers)) if bias is None else bias.double()
     before = samples.error(fit.kernel, bias)
     moments = Moments.of(samples, samples.targets())
+    if not moments.vary:  # equal patches throughout tell nothing about the kernel
+        return Repaired(name, before, before)
     bias = fit.fit_to(moments, Metric.of(fit.centred(moments), fit.original.shape[3], ridge), F)
     if samples.tail.ceiling is not None:  # there is a ReLU, and now something to start from
         fit, filters = fit.narrowed()

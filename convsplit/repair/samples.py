@@ -137,6 +137,12 @@ class Moments:
         empty = second.new_empty(0)
         return cls(second, empty, mean, empty, count).towards(samples, targets)
 
+    @property
+    def vary(self) -> bool:
+        """Whether patches differ from one another, by more than rounding."""
+        variance = self.patches.diagonal(dim1=1, dim2=2).sum()
+        return bool(variance > 1e-10 * self.patch_mean.square().sum())
+
     def through(self, filters: Tensor) -> Moments:
         """Moments of features, filters [G, R, P] times patches, in the place of patches."""
         filters = filters.to(self.patches)

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convsplit.data.batches import batches_of
 from convsplit.forms import form_named
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.measure.timing import Timing, time_models
 from convsplit.model.copies import scratch_copy
 from convsplit.model.graphs import Trace
-from convsplit.model.running import Call, Forward, batches_in, observe_calls, quiet_run, run_or_explain, tensors_in
+from convsplit.model.guards import RandomState
+from convsplit.model.hooks import Given, hooked
+from convsplit.model.pairs import Pairs, check_order, layer_pairs
+from convsplit.model.running import (
+    Batch,
+    Call,
+    Forward,
+    first_convolution,
+    macs_per_input,
+    observe_calls,
+    quiet_run,
+    run_or_explain,
+)
 from convsplit.model.sites import find_sites
+from convsplit.model.values import class_scores, count_inputs, stored_bytes, tensors_in
 from convsplit.progress import track
 from convsplit.report.reports import Report
 from convsplit.report.values import Drift, KeptLayer, LayerReport
@@ -29,87 +42,91 @@ TIMED_SECONDS = 0.5  # of timing each of the two models, and once more for its l
 
 
 def compare(
-    model: nn.Module,
     converted: nn.Module,
-    inputs: Any,
+    original: nn.Module,
+    batches: Any,
     *,
     forward: Forward | None = None,
     time: bool = False,
     progress: bool | None = None,
 ) -> Report:
-    """Measure what the conversion of `model` to `converted` saved, and how far it moved the output.
+    """Measure what the conversion of `original` to `converted` saved, and how far it moved the output.
 
     Args:
-        model: the original.
         converted: from `convert` or `apply_plan`, perhaps refitted or fine-tuned since.
-        inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an iterable of those.
-        forward: how to run a model on what `inputs` yields; for a loader of images and labels
+        original: the model it was converted from.
+        batches: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an iterable of those. Empty
+            ones are left out; of an iterable that does not tell its length, 10,000 inputs are read and no more.
+        forward: how to run a model on what `batches` yields; for a loader of images and labels
             `lambda model, batch: model(batch[0])`.
         time: also measure the median milliseconds of both models on the first batch, in turns, and of the split layers
             within them, for some seconds.
         progress: show a progress bar; by default only on a terminal.
 
-    MACs are those of the first batch. Both models are run in eval mode and left as they were.
+    MACs are per input, measured on the first batch. Copies of both models are run, in eval mode and, where a model
+    draws random numbers there, with the same ones; what the models remember and count stays as it is.
 
     Raises:
-        ValueError: no inputs; a model that does not run on them; models that have nothing to do with each other.
+        ValueError: no inputs; a model that does not run on them; models in the wrong order, or that have nothing to do
+            with each other.
 
     >>> import convsplit
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
-    >>> report = compare(model, convsplit.convert(model, exact=True), torch.randn(4, 8, 3, 3))
+    >>> report = compare(convsplit.convert(model, exact=True), model, torch.randn(4, 8, 3, 3))
     >>> report.agreement, report.drift.relative < 1e-5
     (1.0, True)
     """
-    pairs = _layer_pairs(model, converted)
-    meters = {name: (_Meter(), _Meter()) for name in pairs}
-    whole, images, agreed, classified = _Meter(), 0, 0, 0
-    calls: tuple[dict[str, tuple[Call, ...]], int, int] | None = None
-    times: list[Timing] | None = None
-    with quiet_run(model, converted):
-        for batch in track(batches_in(inputs), "Comparing", progress=progress):
-            if calls is None:
-                original_calls, original_macs = observe_calls(scratch_copy(model), batch, forward)
-                calls = (original_calls, original_macs, observe_calls(scratch_copy(converted), batch, forward)[1])
-                if time:
-                    names = list(pairs)
-                    times = time_models(
-                        [model, converted], batch, layers=[names, names], forward=forward, seconds=TIMED_SECONDS
-                    )
-            with _watch_original(pairs, meters) as features:
-                before = run_or_explain(model, batch, forward)
-            with _watch_converted(pairs, meters, features):
-                after = run_or_explain(converted, batch, forward)
-            whole.add_all(before, after)
-            images += next((t.shape[0] for t in tensors_in(before) if t.dim()), 1)
-            same, seen = _same_class(before, after)
-            agreed, classified = agreed + same, classified + seen
-    if calls is None:
-        raise ValueError("inputs yielded no batch: there is nothing to compare on")
-    layers = tuple(_layer_report(name, *pairs[name], calls[0].get(name, ()), *meters[name], times) for name in pairs)
+    check_order(converted, original, "compare(converted, original, batches)")
+    before, after = scratch_copy(original), scratch_copy(converted)
+    seen = _Comparison(before, after, layer_pairs(after, before), forward)
+    first: list[Batch] = []
+    with quiet_run(before, after):
+        for batch in track(batches_of(batches), "Comparing", progress=progress):
+            if not first:
+                first.append(batch)
+                costs = _Costs.of(before, after, seen.pairs, batch, forward)
+            seen.add(batch)
+        if not first:
+            raise ValueError("batches held no input: there is nothing to compare on")
+        times = None
+        if time:
+            names = list(seen.pairs)
+            times = time_models(
+                [before, after], first[0], layers=[names, names], forward=forward, seconds=TIMED_SECONDS
+            )
+        layers = tuple(seen.layer(name, costs, times) for name in seen.pairs)
     return Report(
-        model=type(model).__name__,
+        model=type(original).__name__,
         layers=layers,
-        params=(parameter_count(model), parameter_count(converted)),
-        macs=(calls[1], calls[2]),
-        drift=whole.drift(),
-        agreement=agreed / classified if classified else None,
-        images=images,
-        stored_bytes=(_bytes(model), _bytes(converted)),
+        params=(parameter_count(original), parameter_count(converted)),
+        macs=costs.macs,
+        drift=seen.whole.drift(),
+        agreement=seen.agreed / seen.classified if seen.classified else None,
+        images=seen.inputs,
+        stored_bytes=(_bytes(original), _bytes(converted)),
         milliseconds=None if times is None else (times[0].total, times[1].total),
-        kept=tuple(_kept(model, set(pairs))),
-        notes=tuple(_notes(layers, whole)),
+        kept=tuple(_kept(before, set(seen.pairs))),
+        notes=(*_notes(layers), *seen.notes(), *costs.notes),
     )
 
 
 @dataclass
 class _Meter:
-    """Running sums for the drift of one tensor, or of several together, over batches."""
+    """Running sums for the drift of one tensor, or of several together, over batches, in float64.
 
+    Where both models give the same infinity (masked scores, `infinite` of them), nothing has moved. Where the original gives NaN or another
+    infinity nothing can be told (`unknown` numbers); where the converted model alone does, the drift is infinite
+    (`broken`).
+    """
+
+    seen: int = 0
     error: float = 0.0
     before: float = 0.0
     after: float = 0.0
-    inner: float = 0.0
     max_abs: float = 0.0
+    infinite: int = 0
+    unknown: int = 0
+    broken: int = 0
     mismatched: list[str] = field(default_factory=list)
 
     def add(self, before: Tensor, after: Tensor) -> None:
@@ -118,13 +135,20 @@ class _Meter:
             return
         if not (before.is_floating_point() or before.is_complex()) or not before.numel():
             return
-        wide = torch.promote_types(before.dtype, torch.float32)
-        y, z = before.detach().to(wide).flatten(), after.detach().to(wide).flatten()
-        self.error += float((z - y).norm().double().square())
-        self.before += float(y.norm().double().square())
-        self.after += float(z.norm().double().square())
-        self.inner += float(torch.vdot(y, z).real)
-        self.max_abs = max(self.max_abs, float((z - y).abs().max()))
+        y, z = _real(before), _real(after)
+        known = y.isfinite() & z.isfinite()
+        if not bool(known.all()):
+            equal = y == z
+            self.broken += int((y.isfinite() & ~z.isfinite()).sum())
+            self.unknown += int((~y.isfinite() & ~equal).sum())
+            y, z = y[known], z[known]
+            self.infinite += int((equal & ~known).sum())
+        if y.numel():
+            self.seen += y.numel()
+            self.error += _squares(z - y)
+            self.before += _squares(y)
+            self.after += _squares(z)
+            self.max_abs = max(self.max_abs, float((z - y).abs().max()))
 
     def add_all(self, before: Any, after: Any) -> None:
         first, second = list(tensors_in(before)), list(tensors_in(after))
@@ -134,92 +158,133 @@ class _Meter:
             self.add(y, z)
 
     def drift(self) -> Drift | None:
-        if self.before == 0 and self.error == 0:
-            return None
+        """None where nothing was seen, NaN where nothing that was seen is known."""
+        if self.broken:
+            return Drift(math.inf, math.nan, math.inf)
+        if not self.seen and not self.infinite:
+            return Drift(math.nan, math.nan, math.nan) if self.unknown else None
+        if not self.error:  # both are zero throughout, or equal
+            return Drift(0.0, 1.0, 0.0)
         relative = math.sqrt(self.error / self.before) if self.before else math.inf
-        norms = math.sqrt(self.before * self.after)
-        return Drift(relative, self.inner / norms if norms else 0.0, self.max_abs)
+        norms = math.sqrt(self.before) * math.sqrt(self.after)
+        inner = (self.before + self.after - self.error) / 2  # as |z - y|^2 = |z|^2 + |y|^2 - 2 <y, z>
+        return Drift(relative, inner / norms if norms else 0.0, self.max_abs)
 
 
-def _layer_pairs(model: nn.Module, converted: nn.Module) -> dict[str, tuple[nn.Module, SeparableConv2d]]:
-    """Each split layer with the module it replaced."""
-    originals = dict(model.named_modules())
-    pairs: dict[str, tuple[nn.Module, SeparableConv2d]] = {}
-    for name, layer in converted.named_modules():
-        original = originals.get(name)
-        if isinstance(layer, SeparableConv2d) and not isinstance(original, SeparableConv2d):
-            if original is None:
-                raise ValueError(
-                    f"converted has a split layer {name!r}, model has no such module: not its conversion"
-                )
-            pairs[name] = (original, layer)
-    return pairs
+def _real(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor in a row, in float32 at least; of complex ones both parts."""
+    plain = tensor.detach()
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    return plain.to(torch.promote_types(plain.dtype, torch.float32)).flatten()
 
 
-Pairs = dict[str, tuple[nn.Module, SeparableConv2d]]
-Meters = dict[str, tuple[_Meter, _Meter]]
+def _squares(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
-@contextmanager
-def _watch_original(pairs: Pairs, meters: Meters) -> Iterator[dict[str, list[Tensor]]]:
-    """While the original runs: compare each layer with its replacement on the same input, and keep its outputs."""
-    features: dict[str, list[Tensor]] = {name: [] for name in pairs}
+@dataclass
+class _Comparison:
+    """Two models run side by side, batch by batch, and what was seen."""
 
-    def watch(name: str, layer: SeparableConv2d) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            features[name].append(output.detach())
-            meters[name][0].add(output, layer(*args))
+    original: nn.Module
+    converted: nn.Module
+    pairs: Pairs
+    forward: Forward | None
+    whole: _Meter = field(default_factory=_Meter)
+    inputs: int = 0
+    agreed: int = 0
+    classified: int = 0
+    random: bool = False
 
-        return hook
+    def __post_init__(self) -> None:
+        self.local = {name: _Meter() for name in self.pairs}
+        self.accumulated = {name: _Meter() for name in self.pairs}
 
-    handles = [module.register_forward_hook(watch(name, layer)) for name, (module, layer) in pairs.items()]
-    try:
-        yield features
-    finally:
-        for handle in handles:
-            handle.remove()
+    def add(self, batch: Batch) -> None:
+        """Run both on a batch, from the same random state."""
+        features: dict[str, list[Any]] = {name: [] for name in self.pairs}
 
+        def on_original(name: str, given: Given, output: Any) -> None:
+            features[name].append(output)
+            self.local[name].add_all(output, self.pairs[name][1](given.tensor))
 
-@contextmanager
-def _watch_converted(pairs: Pairs, meters: Meters, features: dict[str, list[Tensor]]) -> Iterator[None]:
-    """While the converted model runs: compare each split layer's output with what the original's was."""
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def on_converted(name: str, given: Given, output: Any) -> None:
             if features[name]:  # a model may take another path, and call a layer more often than the original did
-                meters[name][1].add(features[name].pop(0), output)
+                self.accumulated[name].add_all(features[name].pop(0), output)
 
-        return hook
+        state = RandomState.now()
+        replaced = {name: module for name, (module, _) in self.pairs.items()}
+        with first_convolution(self.original) as seen, hooked(replaced, after=on_original):
+            before = run_or_explain(self.original, batch, self.forward)
+        self.random = self.random or RandomState.now() != state
+        state.restore()
+        with hooked({name: layer for name, (_, layer) in self.pairs.items()}, after=on_converted):
+            after = run_or_explain(self.converted, batch, self.forward)
+        inputs = count_inputs(batch, seen)
+        self.inputs += inputs
+        self.whole.add_all(before, after)
+        same, told = _same_class(before, after, inputs)
+        self.agreed, self.classified = self.agreed + same, self.classified + told
 
-    handles = [layer.register_forward_hook(watch(name)) for name, (_, layer) in pairs.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def layer(self, name: str, costs: _Costs, times: list[Timing] | None) -> LayerReport:
+        """What is known of one split layer."""
+        original, layer = self.pairs[name]
+        dense = ConvSpec.of(original) if isinstance(original, nn.Conv2d) else layer.spec
+        timed = (times[0].layers[name], times[1].layers[name]) if times and name in times[0].layers else None
+        return LayerReport(
+            name, layer.form, layer.components, (dense.params, parameter_count(layer)), costs.layers.get(name),
+            _weight_error(original, layer), self.local[name].drift(), self.accumulated[name].drift(),
+            _largest_component(layer), timed,
+        )  # fmt: skip
+
+    def notes(self) -> Iterator[str]:
+        """What the figures do not tell."""
+        whole = self.whole
+        if self.random:
+            yield "the model draws random numbers in eval mode; both models were given the same"
+        if whole.infinite:
+            yield f"infinite in both models' outputs alike: {whole.infinite} numbers, left out of the drift"
+        if whole.unknown:
+            yield f"NaN or infinite in the original's own outputs: {whole.unknown} numbers, left out of the drift"
+        if whole.broken:
+            yield f"NaN or infinite in the converted model's outputs where the original's are finite: {whole.broken}"
+        if whole.mismatched:
+            yield f"outputs that could not be compared, their shapes differ: {'; '.join(whole.mismatched[:3])}"
 
 
-def _layer_report(
-    name: str,
-    original: nn.Module,
-    layer: SeparableConv2d,
-    calls: tuple[Call, ...],
-    local: _Meter,
-    accumulated: _Meter,
-    times: list[Timing] | None,
-) -> LayerReport:
-    spec, form = layer.spec, form_named(layer.form)
-    dense = ConvSpec.of(original) if isinstance(original, nn.Conv2d) else spec
-    macs = None
-    if calls:
-        before = sum(call.images * spec.macs(call.output_hw) for call in calls)
-        after = sum(c.images * form.macs(spec, layer.components, c.input_hw, c.output_hw) for c in calls)
-        macs = (before, after)
-    return LayerReport(
-        name, layer.form, layer.components, (dense.params, parameter_count(layer)), macs,
-        _weight_error(original, layer), local.drift(), accumulated.drift(), _largest_component(layer),
-        (times[0].layers[name], times[1].layers[name]) if times and name in times[0].layers else None,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Costs:
+    """MACs per input before and after: of the whole model, and of each split layer that was reached."""
+
+    macs: tuple[int, int]
+    layers: dict[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, original: nn.Module, converted: nn.Module, pairs: Pairs, batch: Batch, forward: Forward | None
+    ) -> _Costs:
+        """Layers are counted on the inputs that they get in the original.
+
+        A detector that makes other proposals runs its later layers on other inputs, which is nothing that was saved:
+        the whole of the converted model is then what the original takes, less what its layers save.
+        """
+        calls, before = observe_calls(scratch_copy(original), batch, forward)
+        own, after = observe_calls(scratch_copy(converted), batch, forward)
+        layers = {name: _layer_macs(layer, calls[name]) for name, (_, layer) in pairs.items() if name in calls}
+        if all(calls.get(name) == own.get(name) for name in pairs if name in own):
+            return cls((before, after), layers)
+        saved = sum(dense - split for dense, split in layers.values())
+        note = "layers get inputs of other sizes in the converted model: MACs are those on the original's"
+        return cls((before, before - saved), layers, (note,))
+
+
+def _layer_macs(layer: SeparableConv2d, calls: tuple[Call, ...]) -> tuple[int, int]:
+    spec, count = layer.spec, form_named(layer.form).macs
+    return (
+        macs_per_input(calls, lambda use: spec.macs(use.output_hw)),
+        macs_per_input(calls, lambda use: count(spec, layer.components, use.input_hw, use.output_hw)),
+    )
 
 
 def _weight_error(original: nn.Module, layer: SeparableConv2d) -> float:
@@ -237,15 +302,17 @@ def _largest_component(layer: SeparableConv2d) -> float:
         return float(layer.factors().norms().double().max() / whole.clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _same_class(before: Any, after: Any) -> tuple[int, int]:
-    """How many inputs get the same top-1 class, of how many; (0, 0) where the first output is not logits [N, C]."""
-    y, z = next(tensors_in(before), None), next(tensors_in(after), None)
-    if y is None or z is None or y.shape != z.shape or y.dim() != 2 or y.shape[1] < 2 or not y.is_floating_point():
+def _same_class(before: Any, after: Any, inputs: int) -> tuple[int, int]:
+    """How many inputs get the same top-1 class, of how many; (0, 0) where no class scores are known."""
+    y, z = class_scores(before, inputs), class_scores(after, inputs)
+    if y is None or z is None or y.shape != z.shape:
         return (0, 0)
-    return (int((y.argmax(1) == z.argmax(1)).sum()), y.shape[0])
+    told = ~y.isnan().any(1)
+    same = (y.argmax(1) == z.argmax(1)) & ~z.isnan().any(1)
+    return (int((same & told).sum()), int(told.sum()))
 
 
-def _notes(layers: tuple[LayerReport, ...], whole: _Meter) -> Iterator[str]:
+def _notes(layers: tuple[LayerReport, ...]) -> Iterator[str]:
     if not layers:
         yield "no layer is split"
     cancelling = [layer.name for layer in layers if layer.largest_component > CANCELLING]
@@ -258,15 +325,17 @@ def _notes(layers: tuple[LayerReport, ...], whole: _Meter) -> Iterator[str]:
     missed = [layer.name for layer in layers if layer.local is None]
     if missed:
         yield f"not reached by these inputs: {', '.join(missed)}"
-    if whole.mismatched:
-        yield f"outputs that could not be compared, their shapes differ: {'; '.join(whole.mismatched[:3])}"
+    unused = [layer.name for layer in layers if layer.unused]
+    if unused:
+        yield (
+            f"split layers that the converted model never calls, while the original calls what they replace: "
+            f"{', '.join(unused)}; something in it, such as a wrapped forward, holds on to the original"
+        )
 
 
-def _bytes(module: nn.Module) -> int:
-    """Of all tensors of the state_dict, those that share their memory counted once."""
-    found = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
-    tensors = {tensor.untyped_storage().data_ptr() or id(tensor): tensor for tensor in found}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def _bytes(model: nn.Module) -> int:
+    """Of all tensors of the state_dict."""
+    return stored_bytes([value for value in model.state_dict().values() if isinstance(value, Tensor)])
 
 
 def _kept(model: nn.Module, split: set[str]) -> Iterator[KeptLayer]:

@@ -55,8 +55,8 @@ class ReportDiff:
 
 _TOTALS: list[tuple[str, str, Any]] = [
     ("parameters", "params", count),
-    ("MACs", "macs", count),
-    ("milliseconds", "milliseconds", milliseconds),
+    ("MACs per input", "macs", count),
+    ("milliseconds, first batch", "milliseconds", milliseconds),
     ("relative output drift", "drift", share),
     ("top-1 agreement", "agreement", percent),
 ]

@@ -19,5 +19,5 @@ def measured_point(
     largest = float(plan.totals()["largest_error"] or 0.0)
     if converted is None:
         return FrontierPoint(plan, largest)
-    report = compare(original, converted, batches, forward=forward, progress=False)
+    report = compare(converted, original, batches, forward=forward, progress=False)
     return FrontierPoint(plan, largest, report.drift.relative if report.drift else None, report.agreement)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from convsplit.report.curves import Curve, Frontier
 from convsplit.report.svg import Plot, axis, legend_key, percents
-from convsplit.report.values import LayerReport, Measured
+from convsplit.report.values import Drift, LayerReport, Measured
 from convsplit.tables import count, milliseconds, percent, ratio, share, times_faster
 
 SHAPES = {"dw-pw": (0, "circle"), "pw-dw": (1, "square"), "pw-dw-pw": (2, "triangle")}  # series and mark of each form
@@ -59,7 +60,7 @@ def _tiles(report: Measured) -> list[dict[str, Any]]:
     split = report.conv_params
     pairs: list[tuple[str, tuple[float, float] | None, Any, str]] = [
         ("Parameters", report.params, count, f"split layers {ratio(split[1], split[0])}"),
-        ("MACs", report.macs, count, f"split layers {ratio(report.conv_macs[1], report.conv_macs[0])}"),
+        ("MACs per input", report.macs, count, f"split layers {ratio(report.conv_macs[1], report.conv_macs[0])}"),
         ("Bytes stored", report.stored_bytes, count, ""),
         ("Milliseconds", report.milliseconds, milliseconds, "first batch, median"),
     ]
@@ -80,7 +81,7 @@ def _timed(report: Measured) -> bool:
 def _headings(report: Measured) -> list[str]:
     """Of the columns behind layer and form."""
     times = ["Milliseconds", "Faster"] if _timed(report) else []
-    return ["R", "Parameters", "Kept", "MACs", *times, "Weight error", "Local drift", "Accumulated"]
+    return ["R", "Parameters", "Kept", "MACs per input", *times, "Weight error", "Local drift", "Accumulated"]
 
 
 def _row(layer: LayerReport, *, timed: bool) -> dict[str, Any]:
@@ -108,13 +109,18 @@ def _row(layer: LayerReport, *, timed: bool) -> dict[str, Any]:
 
 
 def _figures(report: Measured, frontier: Frontier | None) -> list[Figure]:
-    figures = [_savings(report), _depth(report)] if any(layer.local for layer in report.layers) else []
+    figures = [_savings(report), _depth(report)] if any(_known(layer.local) for layer in report.layers) else []
     return [*figures, *([_budget(frontier, report)] if frontier and frontier.points else [])]
+
+
+def _known(drift: Drift | None) -> bool:
+    """Whether a drift can be drawn."""
+    return drift is not None and math.isfinite(drift.relative)
 
 
 def _savings(report: Measured) -> Figure:
     """Savings against drift per layer."""
-    seen = [(layer, layer.local.relative) for layer in report.layers if layer.local]
+    seen = [(layer, layer.local.relative) for layer in report.layers if layer.local and _known(layer.local)]
     saved = [max(1, layer.params[0] - layer.params[1]) for layer, _ in seen]
     plot = Plot(
         "Parameters saved against local drift, one mark per layer",
@@ -135,7 +141,7 @@ def _savings(report: Measured) -> Figure:
 
 def _depth(report: Measured) -> Figure:
     """The net's depth against local and accumulated drift."""
-    layers = [layer for layer in report.layers if layer.local and layer.accumulated]
+    layers = [layer for layer in report.layers if _known(layer.local) and _known(layer.accumulated)]
     local = [(i, layer.local.relative) for i, layer in enumerate(layers, 1) if layer.local]
     accumulated = [(i, layer.accumulated.relative) for i, layer in enumerate(layers, 1) if layer.accumulated]
     plot = Plot(
@@ -188,7 +194,7 @@ def _budget(frontier: Frontier, report: Measured) -> Figure:
 def _place(frontier: Frontier, report: Measured) -> tuple[float, float] | None:
     """Where a report lies among the budgets: the fraction of the splittable parameters it keeps, and its drift."""
     splittable = sum(curve.params for curve in frontier.curves)
-    if report.drift is None or not splittable:
+    if report.drift is None or not _known(report.drift) or not splittable:
         return None
     before, after = report.conv_params
     return (1 - (before - after) / splittable, report.drift.relative)

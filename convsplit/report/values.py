@@ -40,7 +40,10 @@ FORMAT = 1  # raised when the JSON of reports changes so that older versions can
 
 @dataclass(frozen=True)
 class Drift:
-    """How far outputs moved; see the head of the module."""
+    """How far outputs moved; see the head of the module.
+
+    Infinite where outputs became NaN or infinite, NaN where those of the original are that throughout.
+    """
 
     relative: float
     cosine: float
@@ -57,8 +60,8 @@ class LayerReport:
     """One split layer: parameters and MACs before and after, relative weight error, local and accumulated drift.
 
     `largest_component` is the norm of the largest of the R components relative to that of the kernel they add up to:
-    far above 1 they cancel each other, which half precision and quantisation pay for. `milliseconds` before and after
-    are those within the two models, None where no time was measured.
+    far above 1 they cancel each other, which half precision and quantisation pay for. MACs are per input;
+    `milliseconds` before and after are those within the two models, None where no time was measured.
     """
 
     name: str
@@ -71,6 +74,11 @@ class LayerReport:
     accumulated: Drift | None
     largest_component: float
     milliseconds: tuple[float, float] | None = None
+
+    @property
+    def unused(self) -> bool:
+        """Whether the original calls what this layer replaces, and the converted model never calls it."""
+        return self.local is not None and self.accumulated is None
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,10 @@ class KeptLayer:
 class Measured:
     """What a conversion saved and how far the output moved, measured.
 
-    `params`, `macs`, `conv_params` and `conv_macs` are before and after: of the whole model, and of the layers that
-    were split; likewise `stored_bytes` of all tensors, and `milliseconds` of the first batch where they
+    `params`, `macs` (per input), `conv_params` and `conv_macs` are before and after: of the whole model, and of the
+    layers that were split; likewise `stored_bytes` of all tensors, and `milliseconds` of the first batch where they
     were measured. `drift` is that of the model's output, `agreement` the share of inputs with the same top-1 class
-    (None where the output is not logits [N, C]); `images` is the number of inputs it was measured on.
+    (None where no output is known to be class scores); `images` is the number of inputs it was measured on.
     """
 
     model: str
@@ -116,6 +124,7 @@ class Measured:
                 relative_drift=self.drift.relative if self.drift else None,
                 agreement=self.agreement,
                 inputs=self.images,
+                unused=sum(layer.unused for layer in self.layers),
             )
         )
 
@@ -126,7 +135,7 @@ class Measured:
 
     @property
     def conv_macs(self) -> tuple[int, int]:
-        """MACs of the split layers before and after."""
+        """MACs of the split layers per input, before and after."""
         macs = [layer.macs or (0, 0) for layer in self.layers]
         return (sum(each[0] for each in macs), sum(each[1] for each in macs))
 
@@ -135,21 +144,21 @@ class Measured:
         pairs = {
             "parameters, split layers": self.conv_params,
             "parameters, whole model": self.params,
-            "MACs, split layers": self.conv_macs,
-            "MACs, whole model": self.macs,
+            "MACs per input, split layers": self.conv_macs,
+            "MACs per input, whole model": self.macs,
         }
         rows = [[what, count(before), count(after), ratio(after, before)] for what, (before, after) in pairs.items()]
         stored, stored_after = self.stored_bytes
         rows.append(["bytes stored", count(stored), count(stored_after), ratio(stored_after, stored)])
         if self.milliseconds:
             slow, fast = self.milliseconds
-            rows.append(["milliseconds", milliseconds(slow), milliseconds(fast), ratio(fast, slow)])
+            rows.append(["milliseconds, first batch", milliseconds(slow), milliseconds(fast), ratio(fast, slow)])
         return Table(["", "before", "after", "kept"], rows, frozenset({""}))
 
     def table(self) -> Table:
         """One row per split layer."""
         timed = any(layer.milliseconds for layer in self.layers)
-        headings = ["layer", "form", "R", "params", "->", "kept", "MACs", " ->"]
+        headings = ["layer", "form", "R", "params", "->", "kept", "MACs/input", " ->"]
         headings += [*(["ms", "  ->", "faster"] if timed else []), "weight error", "local", "accumulated"]
         return Table(headings, [_row(layer, timed) for layer in self.layers], frozenset({"layer", "form"}))
 

@@ -5,8 +5,10 @@ In this order:
     not worth splitting   nothing was split, or less than 5 % of the whole model's parameters and of its MACs is
                           saved, or both models were timed and the converted one is not faster while it saves less
                           than 25 % of the parameters
+    unknown               the outputs could not be compared, or are NaN or infinite already in the original, or split
+                          layers are not what the converted model runs
     too far gone          the same top-1 class for fewer than half of the inputs or, without classes, relative
-                          output drift above 0.9: an output of zeros has 1
+                          output drift above 0.9: an output of zeros has 1; outputs that became NaN or infinite
     refit or fine-tune    top-1 agreement below 98 % or, without classes, relative drift above 0.05
     ready to use          the rest, if measured on at least 100 inputs; on fewer it "looks ready"
 
@@ -15,6 +17,7 @@ Agreement says how often the model decides alike, not how often it is right: mea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from convsplit.tables import percent, share
@@ -40,7 +43,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The figures a verdict rests on. `kept` are fractions of the whole model, `speedup` is before / after."""
+    """The figures a verdict rests on. `kept` are fractions of the whole model, `speedup` is before / after.
+
+    `unused` counts the split layers that the converted model never called, though the original calls what they replace.
+    """
 
     split_layers: int
     params_kept: float
@@ -49,6 +55,7 @@ class Evidence:
     relative_drift: float | None
     agreement: float | None
     inputs: int
+    unused: int = 0
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -59,14 +66,18 @@ def judge(evidence: Evidence) -> Verdict:
     if _pointless(evidence):
         return Verdict("pointless", "Not worth splitting", saved)
     moved = _moved(evidence)
-    if not moved:
+    if evidence.unused:
+        what = f"{evidence.unused} of {evidence.split_layers} split layers are never called"
+        return Verdict("unknown", "Not what runs", f"{saved}; {what}, so the outputs say nothing about them")
+    agreement, drift = evidence.agreement, evidence.relative_drift
+    if drift is None and agreement is None:
         return Verdict("unknown", "Saved, but the drift is unknown", f"{saved}; no outputs could be compared")
-    agreement, drift = evidence.agreement, evidence.relative_drift or 0.0
-    lost = agreement < LOST_AGREEMENT if agreement is not None else drift > LOST_DRIFT
-    ready = agreement >= AGREES if agreement is not None else drift <= CLOSE
-    if lost:
+    if drift is not None and math.isnan(drift):
+        return Verdict("unknown", "Saved, but the drift is unknown", f"{saved}; the outputs are not finite")
+    broken = drift is not None and math.isinf(drift)
+    if broken or (agreement < LOST_AGREEMENT if agreement is not None else (drift or 0.0) > LOST_DRIFT):
         return Verdict("lost", "Too far gone: keep more, or fine-tune at length", f"{saved}; {moved}")
-    if not ready:
+    if not (agreement >= AGREES if agreement is not None else (drift or 0.0) <= CLOSE):
         return Verdict("repair", "Refit or fine-tune first", f"{saved}; {moved}")
     if evidence.inputs < ENOUGH_INPUTS:
         advice = f"measure on {ENOUGH_INPUTS} real inputs or more to be sure"
