@@ -164,7 +164,7 @@ class Scattering(nn.Module):
 
 
 def test_models_that_mix_dtypes_by_hand_train_in_float32(monkeypatch):
-    distillation = importlib.import_module("convsplit.finetune.distill")  # the package has a function of that name
+    distillation = importlib.import_module("convsplit.finetune.distillation")
     monkeypatch.setattr(distillation, "has_bfloat16", lambda device: True)
     model = Scattering().eval()
     converted = convsplit.convert(model, images(), rank=1)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +17,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from convsplit.data.batches import batches_of, length_of
 from convsplit.data.processes import all_reduced, is_shared
 from convsplit.files import write_whole
 from convsplit.finetune.blocks import find_modules
 from convsplit.finetune.groups import parameter_groups
 from convsplit.finetune.reconstruction import schedule
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.guards import plain_arithmetic, same_globals
+from convsplit.model.copies import scratch_copy, working_copy
+from convsplit.model.guards import RandomState, plain_arithmetic, same_globals
+from convsplit.model.hooks import Given, hooked
 from convsplit.model.layout import channels_last, channels_last_weights
-from convsplit.model.running import Batch, Forward, batches_in, call, quiet_run, run_or_explain, tensors_in
+from convsplit.model.pairs import check_order
+from convsplit.model.running import Batch, Forward, batches_in, call, is_random, quiet_run, run_or_explain
+from convsplit.model.values import class_scores, count_inputs, is_empty, tensors_in
 from convsplit.precision import widened
 
 BATCH = 64  # rows of a batch where all inputs came as one tensor
@@ -67,7 +74,7 @@ class Distillation:
 @plain_arithmetic()
 def distill(
     converted: nn.Module,
-    teacher: nn.Module,
+    original: nn.Module,
     batches: Any,
     *,
     forward: Forward | None = None,
@@ -88,16 +95,17 @@ def distill(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Distillation:
-    """Train `converted`, in place, to answer what `teacher` answers: no labels needed.
+    """Train `converted`, in place, to answer what `original` answers: no labels needed.
 
-    The loss is the distance of the outputs (for logits [N, classes] the Kullback-Leibler divergence at a temperature,
-    for everything else the relative squared error) plus `features` times that of the outputs of the modules around
-    split layers. Adam with a warm-up and a cosine schedule; the weights with the smallest loss on held-out inputs are
-    kept, also when the training is interrupted.
+    The loss is the distance of the outputs (for class scores [N, classes] the Kullback-Leibler divergence at a
+    temperature, for everything else the relative squared error) plus `features` times that of the outputs of the
+    modules around split layers. Adam with a warm-up and a cosine schedule; the weights with the smallest loss on
+    held-out inputs are kept, also when the training is interrupted. Copies of the models are run, in eval mode but for
+    dropout: of `converted` only weights and, if asked for, statistics of batch norm change.
 
     Args:
         converted: from `convert`, best repaired by `refit` before; changed in place.
-        teacher: the model it was converted from; not changed.
+        original: the model it was converted from, which is the teacher; not changed.
         batches: unlabelled inputs: a tensor, or an iterable of what `convert` takes as `calibration`. A `DataLoader`
             is read anew in every epoch; a generator is read once and kept.
         forward: how to run a model on what `batches` yields, such as `lambda model, batch: model(batch[0])`.
@@ -138,17 +146,19 @@ def distill(
     """
     if train not in ("all", "split"):
         raise ValueError(f'train={train!r}; want "all" or "split"')
+    check_order(converted, original, "distill(converted, original, batches)")
     data = _Inputs.of(batches, held_out)
-    with same_globals(), _training(converted, teacher, train, freeze_norms):
+    teacher = scratch_copy(original)
+    with same_globals(), working_copy(converted) as student, _training(student, teacher, train, freeze_norms):
         torch.manual_seed(seed)
         first = data.held_out[0]
         run_or_explain(teacher, first, forward)
-        loss = _Loss(converted, teacher, first, forward, criterion, temperature, features)
-        run = _Run(converted, loss, data, lr, weight_decay, epochs, seconds, mixed_precision, augment, seed)
+        loss = _Loss(student, teacher, first, forward, criterion, temperature, features)
+        run = _Run(student, loss, data, lr, weight_decay, epochs, seconds, mixed_precision, augment, seed)
         if checkpoint is not None:
             run.resume(Path(checkpoint))
         try:
-            with channels_last_weights(converted, teacher), loss.watching(), _bar(progress) as show:
+            with channels_last_weights(student, teacher), loss.watching(), _bar(progress) as show:
                 run.to_the_end(patience, None if checkpoint is None else Path(checkpoint), show)
         finally:
             run.restore_best()
@@ -170,23 +180,22 @@ class _Inputs:
 
     @classmethod
     def of(cls, batches: Any, held_out: Any) -> _Inputs:
-        source: Any = torch.split(batches, BATCH) if isinstance(batches, Tensor) else batches_in(batches)
-        if isinstance(source, Iterator) or not hasattr(source, "__len__"):
-            source = list(source)
+        source: Any = list(torch.split(batches, BATCH)) if isinstance(batches, Tensor) else batches_in(batches)
+        if isinstance(source, Sequence | Iterator) or length_of(source) is None:
+            source = list(batches_of(source))
         if not isinstance(held_out, float | int):
-            return cls(source, list(batches_in(held_out)))
+            return cls(source, _held_out(batches_of(held_out)))
         if not 0 < held_out < 1:
             raise ValueError(f"held_out={held_out}: want a share of the inputs between 0 and 1, or batches")
         count = max(1, round(held_out * len(source)))
         if isinstance(source, Sequence):
             if len(source) < 2:
-                raise ValueError(f"{len(source)} batches: want at least 2, one to train on and one to hold out")
+                raise ValueError(
+                    f"{len(source)} batches that hold an input: want at least 2, one to train on and one to hold out"
+                )
             return cls(source[:-count], list(source[-count:]))
         # A loader may shuffle, so nothing can be kept from the training; without labels that is no great harm.
-        kept = [batch for batch, _ in zip(source, range(count), strict=False)]
-        if not kept:
-            raise ValueError("no batches: give some unlabelled inputs to train on")
-        return cls(source, kept)
+        return cls(source, _held_out(islice(batches_of(source), count)))
 
     def __len__(self) -> int:
         if self.rows is not None:
@@ -206,6 +215,13 @@ class _Inputs:
             yield from self.source
 
 
+def _held_out(batches: Iterable[Batch]) -> list[Batch]:
+    kept = list(batches)
+    if not kept:
+        raise ValueError("no batches hold an input: give some unlabelled inputs to train on, and to hold out")
+    return kept
+
+
 class _Loss:
     """The distance between a student's and a teacher's answers to a batch."""
 
@@ -219,33 +235,33 @@ class _Loss:
         self.watched = find_modules(student, split, example, forward) if features else []
         self.seen: dict[int, dict[str, Tensor]] = {id(student): {}, id(teacher): {}}
         self.energies: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self.random = is_random(teacher, example, forward)  # both models are then given the same random numbers
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Notes the features of both models, while inside."""
-        handles = [
-            model.get_submodule(name).register_forward_hook(self._note(id(model), name))
-            for model in (self.student, self.teacher)
-            for name in self.watched
-        ]
-        try:
+        with self._noted(self.student), self._noted(self.teacher):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _note(self, model: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
-                self.seen[model][name] = output
+    @contextmanager
+    def _noted(self, model: nn.Module) -> Iterator[None]:
+        def note(name: str, given: Given, output: Any) -> None:
+            feature = next(tensors_in(output), None)
+            if feature is not None:
+                self.seen[id(model)][name] = feature
 
-        return hook
+        with hooked({name: model.get_submodule(name) for name in self.watched}, after=note):
+            yield
 
     def __call__(self, batch: Batch) -> Tensor:
+        state = RandomState.now() if self.random else None
         with torch.no_grad():
             wanted = self.forward(self.teacher, batch)
+        if state is not None:
+            state.restore()
         answer = self.forward(self.student, batch)
-        loss = self.of_outputs(answer, wanted)
+        loss = self.of_outputs(answer, wanted, batch)
         theirs, own = self.seen[id(self.teacher)], self.seen[id(self.student)]
         if own:
             missed = [F.mse_loss(own[name], theirs[name]) / self.energies[name] for name in own]
@@ -259,15 +275,19 @@ class _Loss:
         for name, feature in self.seen[id(self.teacher)].items():
             self.energies[name] = feature.square().mean().clamp_min(1e-12)
 
-    def of_outputs(self, answer: Any, wanted: Any) -> Tensor:
+    def of_outputs(self, answer: Any, wanted: Any, batch: Batch) -> Tensor:
         """The distance of outputs of any nesting."""
         pairs = _floating_pairs(answer, wanted)
         if not pairs:
             raise ValueError("the models' outputs hold no floating-point tensor to learn from")
-        return torch.stack([self._of_one(widened(a), widened(w)) for a, w in pairs]).sum()
+        scores = class_scores(wanted, count_inputs(batch))
+        return torch.stack([self._of_one(widened(a), widened(w), w is scores) for a, w in pairs]).sum()
 
-    def _of_one(self, answer: Tensor, wanted: Tensor) -> Tensor:
-        if wanted.dim() != 2 or wanted.shape[1] < 2:
+    def _of_one(self, answer: Tensor, wanted: Tensor, scores: bool) -> Tensor:
+        finite = wanted.isfinite()
+        if not bool(finite.all()):  # masked scores: nothing is to be learnt there
+            return relative(answer[finite], wanted[finite])
+        if not scores:
             return relative(answer, wanted)
         T = self.temperature
         student, teacher = F.log_softmax(answer / T, 1), F.log_softmax(wanted / T, 1)
@@ -275,8 +295,18 @@ class _Loss:
 
 
 def _floating_pairs(answer: Any, wanted: Any) -> list[tuple[Tensor, Tensor]]:
-    """What can be compared of two outputs of the same nesting."""
-    return [(a, w) for a, w in zip(tensors_in(answer), tensors_in(wanted), strict=True) if w.is_floating_point()]
+    """What can be compared of two outputs of the same nesting.
+
+    Raises:
+        ValueError: the models answer with another number of tensors, or with other shapes.
+    """
+    own, theirs = list(tensors_in(answer)), list(tensors_in(wanted))
+    if [a.shape for a in own] != [w.shape for w in theirs]:
+        raise ValueError(
+            f"converted answers with shapes {[tuple(a.shape) for a in own]}, original with "
+            f"{[tuple(w.shape) for w in theirs]}, both in eval mode: there is nothing to learn from"
+        )
+    return [(a, w) for a, w in zip(own, theirs, strict=True) if w.is_floating_point()]
 
 
 def relative(answer: Tensor, wanted: Tensor) -> Tensor:
@@ -327,6 +357,9 @@ class _Run:
             for index, batch in enumerate(self.data.epoch(generator)):
                 if index < self.step - epoch * len(self.data):  # resumed within an epoch
                     continue
+                if is_empty(batch):
+                    self.step += 1
+                    continue
                 self.advance(channels_last(batch if self.augment is None else self.augment(batch)))
                 self.spent = _slowest(time.perf_counter() - since)
                 if self.share >= len(self.checks) / CHECKS or self.share >= 1:
@@ -336,6 +369,8 @@ class _Run:
                         self.store(checkpoint)
                     if self.share >= 1 or self.exhausted(patience):
                         return
+        if self.checks[-1].step < self.step:  # a loader may hold fewer batches than it says
+            self.check()
 
     def exhausted(self, patience: int | None) -> bool:
         losses = [check.loss for check in self.checks]
@@ -382,8 +417,11 @@ class _Run:
         """Sums over the held-out inputs: squared differences, squares, losses; and the number of batches."""
         sums = torch.zeros(4, dtype=torch.float64)
         for index, batch in enumerate(map(channels_last, self.data.held_out)):
-            answer, wanted = self.loss.forward(self.model, batch), self.taught(index, batch)
-            loss = self.loss.of_outputs(answer, wanted)
+            state = RandomState.now()
+            wanted = self.taught(index, batch)
+            state.restore()
+            answer = self.loss.forward(self.model, batch)
+            loss = self.loss.of_outputs(answer, wanted, batch)
             if self.loss.criterion is not None:
                 loss = loss + self.loss.criterion(answer, batch)
             sums[2:] += torch.tensor([float(loss), 1.0])
@@ -396,7 +434,8 @@ class _Run:
         if index in self.answers:
             return self.answers[index]
         answer = self.loss.forward(self.loss.teacher, batch)
-        if sum(t.numel() * t.element_size() for t in tensors_in(answer)) * len(self.data.held_out) < KEPT_BYTES:
+        size = sum(t.numel() * t.element_size() for t in tensors_in(answer))
+        if not self.loss.random and size * len(self.data.held_out) < KEPT_BYTES:
             self.answers[index] = answer
         return answer
 
@@ -432,15 +471,19 @@ class _Run:
 
 @contextmanager
 def _training(student: nn.Module, teacher: nn.Module, train: str, freeze_norms: bool) -> Iterator[None]:
-    """Modes and gradient flags as the training wants them; as before afterwards."""
-    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
+    """Modes and gradient flags as the training wants them; as before afterwards.
+
+    The student stays in eval mode, in which both models answer alike (heads of detectors want targets in train mode,
+    others answer more), but for dropout and, if they are to follow, batch norms.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in (*student.parameters(), *teacher.parameters())]
     try:
-        teacher.eval().requires_grad_(False)
-        student.train()
+        teacher.eval()
+        student.eval()
+        teacher.requires_grad_(False)
         for module in student.modules():
-            if isinstance(module, _BatchNorm) and freeze_norms:
-                module.eval()
+            if _drops(module) or (isinstance(module, _BatchNorm) and not freeze_norms):
+                module.training = True
         if train == "split":
             split = (layer for layer in student.modules() if isinstance(layer, SeparableConv2d))
             own = {id(parameter) for layer in split for parameter in layer.parameters()}
@@ -449,11 +492,14 @@ def _training(student: nn.Module, teacher: nn.Module, train: str, freeze_norms: 
         with torch.enable_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module leaves out parts at random in training: torch's dropouts, and those of blocks and paths."""
+    return isinstance(module, _DropoutNd) or type(module).__name__ in ("DropPath", "StochasticDepth", "DropBlock2d")
 
 
 def has_bfloat16(device: torch.device) -> bool:

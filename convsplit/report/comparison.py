@@ -114,9 +114,9 @@ def compare(
 class _Meter:
     """Running sums for the drift of one tensor, or of several together, over batches, in float64.
 
-    Where both models give the same infinity (masked scores, `infinite` of them), nothing has moved. Where the original gives NaN or another
-    infinity nothing can be told (`unknown` numbers); where the converted model alone does, the drift is infinite
-    (`broken`).
+    Where both models give the same infinity (masked scores, `infinite` of them), nothing has moved. Where the original
+    gives NaN or another infinity nothing can be told (`unknown`); where the converted model alone does, the drift is
+    infinite (`broken`).
     """
 
     seen: int = 0
