@@ -10,6 +10,7 @@ import torch
 from residual import SmallNet, Untraceable, images, small_net
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import convsplit
 from convsplit import Budget, SeparableConv2d
@@ -324,3 +325,185 @@ def test_blocks_of_models_with_several_inputs(late):
     blocks = convsplit.reconstruct(converted, model, data, steps=10)
     assert [block.name for block in blocks] == ["first", "second"]
     assert all(block.after < block.before for block in blocks)
+
+
+# ---------------------------------------------------------------------------------------- awkward models and data
+
+
+class Auxiliary(nn.Module):
+    """Answers more in train mode, as heads of segmentation models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.aux = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        y = F.dropout(self.a(x).relu(), 0.1, self.training)
+        return (self.b(y), self.aux(y)) if self.training else self.b(y)
+
+
+class WantsTargets(Auxiliary):
+    def forward(self, x, targets=None):
+        assert not self.training or targets is not None, "targets should not be none when in training mode"
+        return self.b(self.a(x).relu())
+
+
+class UnderAutocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.b(self.a(x).relu())
+
+
+class Masked(UnderAutocast):
+    def forward(self, x, mask):
+        y = self.b(self.a(x).relu()).flatten(2)
+        return (y.mT @ y / 32 + mask).softmax(-1) @ y.mT
+
+
+def split_of(cls) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = cls().eval()
+    return model, convsplit.convert(model, rank=1, forms="dw-pw")
+
+
+@pytest.mark.parametrize("cls", [Auxiliary, WantsTargets])
+def test_models_that_answer_otherwise_in_train_mode_are_distilled(cls):
+    model, converted = split_of(cls)
+    before = drift(model, converted, images(32))
+    convsplit.distill(converted, model, images(256), epochs=2)
+    assert drift(model, converted, images(32)) < before
+    assert not any(module.training for module in (*model.modules(), *converted.modules()))
+
+
+def test_dropout_stays_on_in_distillation_and_nothing_else():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.1), nn.Conv2d(8, 8, 3)).eval()
+    converted, seen = convsplit.convert(model, rank=1, forms="dw-pw"), []
+
+    def note(module, args, output):
+        seen.append((type(module).__name__, module.training))
+
+    for module in converted.modules():
+        module.register_forward_hook(note)
+    convsplit.distill(converted, model, images(128), epochs=1)
+    assert {name for name, training in seen if training} == {"Dropout"}
+
+
+def test_blocks_run_under_the_autocast_of_the_model():
+    model, converted = split_of(UnderAutocast)
+    before = drift(model, converted, images(32))
+    assert convsplit.reconstruct(converted, model, images(64), steps=40)
+    assert drift(model, converted, images(32)) < before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_reconstructed_in_float32(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval().to(dtype)
+    converted = convsplit.convert(model, rank=1, forms="dw-pw")
+    places = [p.data_ptr() for p in converted.parameters()]
+    blocks = convsplit.reconstruct(converted, model, images(64).to(dtype), steps=40)
+    assert all(block.after < block.before for block in blocks)
+    assert {p.dtype for p in converted.parameters()} == {dtype}
+    assert [p.data_ptr() for p in converted.parameters()] == places
+
+
+def test_masks_may_be_infinite():
+    model, converted = split_of(Masked)
+    given = [(images(16, seed=seed), torch.full((64, 64), -math.inf).triu(1)) for seed in range(3)]
+    before = drift(model, converted, given)
+    convsplit.refit(converted, model, given)
+    convsplit.distill(converted, model, given, epochs=2)
+    assert drift(model, converted, given) < before
+    with pytest.raises(ValueError, match="batch 1 holds NaN"):
+        convsplit.refit(converted, model, [given[0], (given[0][0] * math.nan, given[0][1])])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(images(64))
+
+
+def test_loaders_without_a_length_are_read_once_and_kept():
+    model, converted = split_of(Auxiliary)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=16)
+    assert convsplit.compare(converted, model, loader).images == 64
+    assert len(convsplit.refit(converted, model, loader)) == 2
+    course = convsplit.distill(converted, model, loader, epochs=2)
+    assert course.checks[-1].step == 2 * 3
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_empty_batches_are_left_out(where):
+    model, converted = split_of(Auxiliary)
+    batches = [images(16, seed=seed) for seed in range(3)]
+    batches.insert(where, images(16)[:0])
+    course = convsplit.distill(converted, model, batches, epochs=1)
+    assert course.best.drift > 0
+    assert math.isfinite(course.best.loss)
+    assert course.checks[-1].step == 2
+
+
+def test_a_loader_whose_batches_are_partly_empty_trains_to_its_end():
+    class Loader:
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter([images(16)[:0], images(16), images(16)[:0], images(16, seed=1)])
+
+    model, converted = split_of(Auxiliary)
+    course = convsplit.distill(converted, model, Loader(), epochs=2)
+    assert course.checks[-1].step == 8
+    assert math.isfinite(course.best.loss)
+
+
+@pytest.mark.parametrize("work", [convsplit.refit, convsplit.reconstruct, convsplit.distill])
+def test_nothing_but_empty_batches_is_refused(work):
+    model, converted = split_of(Auxiliary)
+    with pytest.raises(ValueError, match="hold"):
+        work(converted, model, [images(16)[:0]] * 3)
+
+
+@pytest.mark.parametrize("work", [convsplit.refit, convsplit.reconstruct])
+def test_random_models_are_left_as_they_are_and_it_is_said(work):
+    class Noisy(Auxiliary):
+        def forward(self, x):
+            return self.b(F.dropout(self.a(x), 0.5, training=True))
+
+    model, converted = split_of(Noisy)
+    before = copy.deepcopy(converted.state_dict())
+    with pytest.warns(convsplit.ConversionWarning, match="random numbers in eval mode"):
+        assert work(converted, model, images(64)) == ()
+    assert same(before, converted.state_dict())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_images_that_carry_nothing_make_nothing_worse(value):
+    model, converted = split_of(UnderAutocast)
+    before = drift(model, converted, images(32))
+    with pytest.warns(convsplit.ConversionWarning, match="no variance"):
+        convsplit.refit(converted, model, torch.full((16, 3, 12, 12), value))
+    assert drift(model, converted, images(32)) <= 1.01 * before
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_models_with_gradient_checkpointing_are_calibrated(reentrant):
+    class Checkpointed(Auxiliary):
+        def forward(self, x):
+            y = checkpoint(nn.Sequential(self.a, nn.ReLU()), x, use_reentrant=reentrant)
+            return checkpoint(nn.Sequential(self.b, nn.ReLU()), y, use_reentrant=reentrant)
+
+    class Plain(Auxiliary):
+        def forward(self, x):
+            return self.b(self.a(x).relu()).relu()
+
+    drifts = []
+    for cls in (Plain, Checkpointed):
+        model, converted = split_of(cls)
+        convsplit.refit(converted, model, images(64))
+        drifts.append(drift(model, converted, images(32)))
+    assert drifts[1] < 1.05 * drifts[0]

@@ -1,14 +1,21 @@
 """Reports as values: totals by hand, round trips, the published schema, verdicts by their thresholds, differences."""
 
+import itertools
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import convsplit
+from convsplit.model.values import stored_bytes
+from convsplit.report import Drift
 from convsplit.report.svg import axis, log_ticks, round_ticks
 from convsplit.report.verdict import Evidence, judge
 from convsplit.tables import Table, count, percent
@@ -107,6 +114,200 @@ def test_compare_measures_time_when_asked() -> None:
     assert min(timed.milliseconds) > 0
 
 
+# --------------------------------------------------------------------------------------- what is told of inputs
+
+
+class Answers(nn.Module):
+    """A convolution, and an answer made of its output."""
+
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.answer = nn.Conv2d(3, 16, 3), answer
+
+    def forward(self, x: Any) -> Any:
+        return self.answer(self.conv(torch.stack(x) if isinstance(x, list) else x))
+
+
+def told_of(answer: Callable[[Tensor], Any], batches: Any = None, **options: Any) -> convsplit.Report:
+    torch.manual_seed(0)
+    model = Answers(answer).eval()
+    batches = torch.randn(2, 3, 10, 10) if batches is None else batches
+    return convsplit.compare(convsplit.convert(model, forms="dw-pw", rank=1), model, batches, **options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "batches", "inputs"),
+    [
+        (lambda y: y, None, 2),
+        (lambda y: {"boxes": y.flatten()[:1200].view(300, 4), "y": y}, None, 2),
+        (lambda y: y.flatten(2).permute(2, 0, 1), None, 2),
+        (lambda y: (y.square().mean(), y), None, 2),
+        (lambda y: y, [torch.zeros(3, 8, 8), torch.ones(3, 8, 8)], 2),
+        (lambda y: y, [([torch.ones(3, 8, 8)] * 3,)], 3),
+        (lambda y: y, [torch.ones(0, 3, 8, 8), torch.ones(5, 3, 8, 8)], 5),
+    ],
+    ids=["plain", "boxes first", "sequence first", "loss first", "unbatched", "list of images", "one empty batch"],
+)
+def test_inputs_are_counted_from_the_batch(answer: Callable[[Tensor], Any], batches: Any, inputs: int) -> None:
+    assert told_of(answer, batches).images == inputs
+
+
+def test_macs_are_per_input_in_plans_and_reports() -> None:
+    model = small_model()
+    found = set()
+    for batch in (1, 7):
+        x = torch.randn(batch, 3, 9, 9)
+        plan = convsplit.make_plan(model, x, rank=1, forms="dw-pw")
+        report = convsplit.compare(convsplit.apply_plan(model, plan), model, x)
+        totals = plan.totals()
+        assert report.macs == (totals["model_macs_before"], totals["model_macs_after"])
+        assert [layer.macs for layer in report.layers] == [layer.macs for layer in plan.layers if layer.split]
+        found.add(report.macs)
+    assert len(found) == 1
+    assert report.layers[0].macs == (7 * 7 * 3 * 16 * 9, 7 * 7 * 3 * (9 + 16))
+    assert "MACs per input" in str(report)
+
+
+def test_costs_are_those_on_the_originals_inputs() -> None:
+    """A detector that makes other proposals runs its head on other inputs, and has saved nothing by that."""
+
+    class Proposes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.most = nn.Parameter(torch.tensor(6.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x)[: int(self.most)])
+
+    model = Proposes().eval()
+    converted = convsplit.convert(model, forms="dw-pw", rank=1)
+    same = convsplit.compare(converted, model, torch.randn(8, 3, 6, 6))
+    with torch.no_grad():
+        converted.most.fill_(2)
+    other = convsplit.compare(converted, model, torch.randn(8, 3, 6, 6))
+    assert other.macs == same.macs
+    assert any("other sizes" in note for note in other.notes)
+
+
+def pooled(y: Tensor) -> Tensor:
+    return y.mean((2, 3))[:, :4]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (pooled, True),
+        (lambda y: {"loss": y.mean(), "logits": pooled(y)}, True),
+        (lambda y: {"boxes": pooled(y)}, False),
+        (lambda y: {"boxes": pooled(y), "scores": y.mean((2, 3))}, True),
+        (lambda y: (pooled(y), y.mean((2, 3))), False),
+        (lambda y: y.flatten()[:1200].view(300, 4), False),
+        (lambda y: y, False),
+    ],
+    ids=["scores", "logits", "boxes", "boxes and scores", "two of them, nameless", "rows of boxes", "map"],
+)
+def test_agreement_is_told_of_class_scores_alone(answer: Callable[[Tensor], Any], told: bool) -> None:
+    assert (told_of(answer).agreement is not None) == told
+
+
+def test_outputs_that_are_not_finite_are_named() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(128, 3, 9, 9)
+    plain = told_of(pooled, x)
+    all_nan = told_of(lambda y: pooled(y) * math.nan, x)
+    assert all_nan.verdict.level == "unknown"
+    assert all_nan.drift is not None
+    assert math.isnan(all_nan.drift.max_abs)
+    one_row = told_of(lambda y: torch.where((torch.arange(len(y)) == 5)[:, None], math.nan, pooled(y)), x)
+    assert one_row.drift is not None
+    assert one_row.drift.relative == pytest.approx(plain.drift.relative, rel=0.1)
+    masked = told_of(lambda y: pooled(y).masked_fill(torch.arange(4) > 2, -math.inf), x)
+    assert masked.drift is not None
+    assert math.isfinite(masked.drift.relative)
+    for report in (all_nan, one_row, masked):
+        assert any("finite" in note or "NaN" in note for note in report.notes)
+    huge = told_of(lambda y: pooled(y) * 1e25, x)
+    assert huge.drift.relative == pytest.approx(plain.drift.relative, rel=1e-4)
+    assert huge.drift.cosine == pytest.approx(plain.drift.cosine, rel=1e-4)
+
+
+def test_outputs_that_only_the_conversion_breaks_are_lost() -> None:
+    model = small_model()
+    converted = convsplit.convert(model, forms="dw-pw", rank=1)
+    with torch.no_grad():
+        converted[-1].bias.fill_(math.nan)
+    report = convsplit.compare(converted, model, torch.randn(128, 3, 9, 9))
+    assert report.drift is not None
+    assert math.isinf(report.drift.relative)
+    assert report.agreement == 0
+    assert report.verdict.level == "lost"
+    assert "converted model's outputs" in report.summary()
+
+
+def test_zero_outputs_are_outputs() -> None:
+    report = told_of(lambda y: y * 0)
+    assert report.drift == Drift(0.0, 1.0, 0.0)
+    assert told_of(lambda y: y.argmax(1)).drift is None
+
+
+def test_random_models_get_the_same_noise() -> None:
+    def noisy(y: Tensor) -> Tensor:
+        return F.dropout(y, 0.5, training=True) + torch.randn_like(y)
+
+    torch.manual_seed(0)
+    model = Answers(noisy).eval()
+    x, converted, state = torch.randn(4, 3, 9, 9), convsplit.convert(model, rank="full"), torch.get_rng_state()
+    report = convsplit.compare(converted, model, x)
+    assert report.drift.relative < 1e-4
+    assert any("random" in note for note in report.notes)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_hook_that_returns_a_tuple_is_no_obstacle() -> None:
+    model = Answers(lambda y: y[0]).eval()
+    model.conv.register_forward_hook(lambda module, args, output: (output, 1))
+    report = convsplit.compare(convsplit.convert(model, rank="full"), model, torch.randn(4, 3, 9, 9))
+    assert report.layers[0].local.relative < 1e-5
+    assert report.drift.relative < 1e-5
+
+
+def test_inputs_by_keyword_are_seen() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    layer = convsplit.make_plan(Named(), torch.randn(2, 3, 9, 9), rank=1, forms="dw-pw").layer("conv")
+    assert layer.macs[0] == 7 * 7 * 3 * 16 * 9
+
+
+def test_the_order_of_arguments_is_checked() -> None:
+    model = small_model()
+    converted = convsplit.convert(model, forms="dw-pw", rank=1)
+    for call in (convsplit.compare, convsplit.refit, convsplit.reconstruct, convsplit.distill):
+        with pytest.raises(ValueError, match=r"the order is \w+\(converted, original, batches\)"):
+            call(model, converted, torch.randn(256, 3, 9, 9))
+
+
+def test_iterables_without_an_end_are_read_so_far() -> None:
+    with pytest.warns(convsplit.ConversionWarning, match="stopped there"):
+        report = told_of(lambda y: y, itertools.cycle([torch.randn(2500, 3, 3, 3)]))
+    assert report.images == 10_000
+
+
+def test_views_of_one_storage_are_stored_once() -> None:
+    whole = torch.zeros(4, 10)
+    assert stored_bytes([whole]) == 160
+    assert stored_bytes(list(whole)) == 160
+    assert stored_bytes([whole, whole[0], whole.T]) == 160
+    assert stored_bytes([whole[0], whole[0]]) == 40
+    assert stored_bytes([whole[:2], torch.zeros(3)]) == 80 + 12
+
+
 def test_diff_shows_what_changed(report: convsplit.Report) -> None:
     better = replace(report, agreement=1.0, params=(report.params[0], report.params[1] + 7))
     diff = report.diff(better)
@@ -130,6 +331,9 @@ READY = Evidence(4, 0.5, 0.5, None, 0.1, 0.99, 1000)
         ({"agreement": None, "relative_drift": 0.06}, "repair"),
         ({"agreement": None, "relative_drift": 0.95}, "lost"),
         ({"agreement": None, "relative_drift": None}, "unknown"),
+        ({"relative_drift": math.nan}, "unknown"),
+        ({"relative_drift": math.inf}, "lost"),
+        ({"unused": 1}, "unknown"),
         ({"split_layers": 0}, "pointless"),
         ({"params_kept": 0.97, "macs_kept": 0.96}, "pointless"),
         ({"params_kept": 0.97, "macs_kept": 0.7}, "ready"),
