@@ -499,6 +499,7 @@ def test_models_with_gradient_checkpointing_are_calibrated(reentrant):
 
     class Plain(Auxiliary):
         def forward(self, x):
+            assert x.isfinite().all()  # which no graph can follow either
             return self.b(self.a(x).relu()).relu()
 
     drifts = []

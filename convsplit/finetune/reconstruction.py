@@ -54,7 +54,7 @@ def reconstruct(
     Args:
         converted: from `convert`, best repaired by `refit` before; changed in place.
         original: the model it was converted from; not changed.
-        batches: some hundred unlabelled inputs, as for `refit`.
+        batches: a few hundred unlabelled inputs, as for `refit`.
         forward: how to run a model on what `batches` yields.
         steps: gradient steps for each block.
         lr: the largest learning rate.

@@ -80,7 +80,7 @@ def refit(
     Args:
         converted: from `convert` or `apply_plan`; changed in place. A split layer without bias gets one.
         original: the model it was converted from; not changed.
-        batches: some hundred unlabelled inputs: an iterable (read once) of tensors, tuples of positional arguments or
+        batches: a few hundred unlabelled inputs: an iterable (read once) of tensors, tuples of positional arguments or
             dicts of keyword arguments, or one of those.
         forward: how to run a model on what `batches` yields, such as `lambda model, batch: model(batch[0])`.
         stages: "all" fits every stage, "last" only the last one and the bias, "bias" the bias alone.
