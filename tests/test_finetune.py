@@ -508,3 +508,16 @@ def test_models_with_gradient_checkpointing_are_calibrated(reentrant):
         convsplit.refit(converted, model, images(64))
         drifts.append(drift(model, converted, images(32)))
     assert drifts[1] < 1.05 * drifts[0]
+
+
+@pytest.mark.parametrize("work", [convsplit.compare, convsplit.recalibrate, convsplit.reconstruct, convsplit.distill])
+def test_a_default_device_of_the_user_is_no_concern(work):
+    model, converted = split_of(UnderAutocast)
+    given = [converted, [images(16)] * 3] if work is convsplit.recalibrate else [converted, model, [images(16)] * 3]
+    options = {convsplit.reconstruct: {"steps": 2}, convsplit.distill: {"epochs": 1}}.get(work, {})
+    torch.set_default_device("meta")  # on which every number that is made without a device is lost
+    try:
+        work(*given, **options)
+    finally:
+        torch.set_default_device(None)
+    assert all(p.device.type == "cpu" for p in converted.parameters())

@@ -112,6 +112,9 @@ LOOKS: dict[str, Callable[[Any, Any, Path], Any]] = {
     "calibrate": lambda m, s, _: convsplit.make_plan(m, images(), calibration=[images()], **QUICK),
     "compare": lambda m, s, _: convsplit.compare(s, m, images()),
     "frontier": lambda m, s, _: convsplit.frontier(m, inputs=images(), budgets=(0.5,), forms="dw-pw"),
+    "by time": lambda m, s, _: convsplit.make_plan(
+        m, images(), prefer="speed", stopwatch=convsplit.Stopwatch(seconds=0.2), **QUICK
+    ),
     "merge": lambda m, s, _: convsplit.merge(s),
     "save": lambda m, s, folder: convsplit.save(s, folder / "model.safetensors"),
     "for_inference": lambda m, s, _: convsplit.for_inference(s),

@@ -96,7 +96,7 @@ def _add(sums: dict[str, Tensor], taps: list[tuple[str, Tensor]], output: Any, s
         return
     generator = torch.Generator().manual_seed(seed)
     for draw in range(DRAWS):
-        directions = [torch.randn(value.shape, generator=generator).to(value) for value in outputs]
+        directions = [torch.randn(value.shape, generator=generator, device="cpu").to(value) for value in outputs]
         gradients = torch.autograd.grad(
             outputs, [tap for _, tap in taps], directions, retain_graph=draw + 1 < DRAWS, allow_unused=True
         )

@@ -205,11 +205,11 @@ class _Inputs:
     def epoch(self, generator: torch.Generator) -> Iterator[Batch]:
         """All batches in a new order; rows are mixed where batches are plain tensors."""
         if self.rows is not None:
-            order = torch.randperm(len(self.rows), generator=generator)
+            order = torch.randperm(len(self.rows), generator=generator, device="cpu")
             for rows in torch.split(order, self.size):
                 yield self.rows[rows]
         elif isinstance(self.source, Sequence):
-            for index in torch.randperm(len(self.source), generator=generator).tolist():
+            for index in torch.randperm(len(self.source), generator=generator, device="cpu").tolist():
                 yield self.source[index]
         else:
             yield from self.source
@@ -415,7 +415,7 @@ class _Run:
 
     def differences(self) -> Tensor:
         """Sums over the held-out inputs: squared differences, squares, losses; and the number of batches."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         for index, batch in enumerate(map(channels_last, self.data.held_out)):
             state = RandomState.now()
             wanted = self.taught(index, batch)
@@ -424,9 +424,9 @@ class _Run:
             loss = self.loss.of_outputs(answer, wanted, batch)
             if self.loss.criterion is not None:
                 loss = loss + self.loss.criterion(answer, batch)
-            sums[2:] += torch.tensor([float(loss), 1.0])
+            sums[2:] += torch.tensor([float(loss), 1.0], device="cpu")
             for a, w in _floating_pairs(answer, wanted):
-                sums[:2] += torch.tensor([float((a - w).square().sum()), float(w.square().sum())])
+                sums[:2] += torch.tensor([float((a - w).square().sum()), float(w.square().sum())], device="cpu")
         return sums
 
     def taught(self, index: int, batch: Batch) -> Any:
@@ -518,7 +518,7 @@ def _averaged(gradient: Tensor) -> Tensor:
 
 def _slowest(seconds: float) -> float:
     """The time that counts: the same in all processes, so that they end together."""
-    return float(all_reduced(torch.tensor(seconds), "MAX")) if is_shared() else seconds
+    return float(all_reduced(torch.tensor(seconds, device="cpu"), "MAX")) if is_shared() else seconds
 
 
 @contextmanager

@@ -143,15 +143,15 @@ def _minibatch(block: Block, generator: torch.Generator) -> tuple[Tensor, Tensor
     """Random images: from all batches where they are of one size, from one batch otherwise."""
     if len({x.shape[1:] for x in block.inputs}) == 1 and block.inputs[0].dim() == 4:
         sizes = [len(x) for x in block.inputs]
-        chosen = torch.randint(sum(sizes), (min(BATCH, sum(sizes)),), generator=generator)
+        chosen = torch.randint(sum(sizes), (min(BATCH, sum(sizes)),), generator=generator, device="cpu")
         return _rows(block.inputs, sizes, chosen), _rows(block.targets, sizes, chosen)
-    which = int(torch.randint(len(block.inputs), (), generator=generator))
+    which = int(torch.randint(len(block.inputs), (), generator=generator, device="cpu"))
     return block.inputs[which], block.targets[which]
 
 
 def _rows(batches: Sequence[Tensor], sizes: Sequence[int], chosen: Tensor) -> Tensor:
-    batch = torch.bucketize(chosen, torch.tensor(sizes).cumsum(0), right=True)
-    starts = torch.tensor([0, *sizes]).cumsum(0)
+    batch = torch.bucketize(chosen, torch.tensor(sizes, device="cpu").cumsum(0), right=True)
+    starts = torch.tensor([0, *sizes], device="cpu").cumsum(0)
     return torch.stack(
         [batches[b][i] for b, i in zip(batch.tolist(), (chosen - starts[batch]).tolist(), strict=True)]
     )

@@ -17,6 +17,7 @@ from convsplit.choose.options import Menu, Option, closest_split
 from convsplit.choose.plan import Conditions, Plan, PlannedLayer
 from convsplit.measure.stopwatch import Stopwatch, with_noise
 from convsplit.measure.timing import Timing, conditions_of, time_models
+from convsplit.model.copies import scratch_copy
 from convsplit.model.running import Batch, Forward
 from convsplit.rewrite import apply_plan
 from convsplit.tables import milliseconds
@@ -60,6 +61,7 @@ def choose_by_time(
     Raises:
         ValueError: as `allocate`; also where no choice is as fast within the model as a budget of latency asks.
     """
+    model = scratch_copy(model)  # which is run, and may write to its weights or its state meanwhile
     conditions = conditions_of(model, example_inputs, training=stopwatch.training)
     offered = stopwatch.timed(menus, conditions, progress=progress)
     if prefer == "speed":

@@ -61,7 +61,7 @@ def recalibrate(
             if not int(norm.num_batches_tracked or 0):  # never reached
                 norm.load_state_dict(buffers, strict=False)
                 continue
-            count = all_reduced(torch.ones(()))
+            count = all_reduced(torch.ones((), device="cpu"))
             for statistic in (norm.running_mean, norm.running_var):
                 if statistic is not None:
                     statistic.copy_(all_reduced(statistic.clone()) / count.to(statistic))

@@ -164,7 +164,7 @@ def _is_over(began: float, seconds: float | None) -> bool:
 def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: float) -> Repaired:
     """Fit a layer to its samples; what comes out worse on them is not kept."""
     bias = fit.layer.bias
-    bias = torch.zeros(len(samples.batches[0].answers)) if bias is None else bias.double()
+    bias = torch.zeros(len(samples.batches[0].answers), device="cpu") if bias is None else bias.double()
     before = samples.error(fit.kernel, bias)
     moments = Moments.of(samples, samples.targets())
     if not moments.vary:  # equal patches throughout tell nothing about the kernel
@@ -204,7 +204,7 @@ def _metric(layer: nn.Module, F: Tensor | None, tail: Tail) -> Tensor | None:
     """
     if not isinstance(layer, SeparableConv2d) or not form_named(layer.form).projects:
         return None
-    scale = torch.ones(layer.out_channels) if tail.scale is None else tail.scale
+    scale = torch.ones(layer.out_channels, device="cpu") if tail.scale is None else tail.scale
     floor = scale.double().square()
     floor = torch.diag(floor / floor.mean().clamp_min(1e-30)).to(layer.weight.device)
     return floor if F is None else F + FLOOR * floor

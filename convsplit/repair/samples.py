@@ -66,13 +66,13 @@ class Samples:
 
     def error(self, kernel: Tensor, bias: Tensor) -> float:
         """Squared error of what the model goes on with, for kernels [G, O, I, K], relative to its variance."""
-        missed = energy = total = torch.zeros((), dtype=torch.float64)
+        missed = energy = total = torch.zeros((), dtype=torch.float64, device="cpu")
         for sample in self.batches:
             wanted = self.tail.activated(self._wanted(sample))
             z = self.tail.answer(_answer(sample, kernel, bias), sample.added)
             missed = missed + (self.tail.activated(z) - wanted).double().square().sum()
             energy, total = energy + wanted.double().square().sum(), total + wanted.double().sum(1)
-        count = all_reduced(torch.tensor(sum(sample.answers.shape[1] for sample in self.batches)))
+        count = all_reduced(torch.tensor(sum(sample.answers.shape[1] for sample in self.batches), device="cpu"))
         variance = all_reduced(energy) - all_reduced(total).square().sum() / count
         return float(all_reduced(missed) / variance.clamp_min(torch.finfo(torch.float64).tiny))
 
@@ -131,7 +131,7 @@ class Moments:
     def of(cls, samples: Samples, targets: Sequence[Tensor]) -> Moments:
         """Moments of all patches and of targets [O, n]."""
         patches = [sample.patches for sample in samples.batches]
-        count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches))))
+        count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches), device="cpu")))
         mean = _total(x.sum(2) for x in patches) / count
         second = _total(map(_gram, patches)).div_(count).sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
         empty = second.new_empty(0)
