@@ -57,6 +57,9 @@ class SeparableConv2d(nn.Module):
     Raises:
         ValueError: an unknown form, a rank below 1, components that do not fit the groups.
 
+    It is no `nn.Conv2d`: code that asks for one goes on to initialise, prune or quantise a stored weight, and finds the
+    stages, which are; `unused_layers` tells where a `forward` picks its layers that way.
+
     Source: Howard et al. 2017 (1704.04861); Chollet 2017 (1610.02357); Sandler et al. 2018 (1801.04381).
 
     >>> layer = SeparableConv2d(8, 16, 3, padding=1, form="pw-dw", rank=2)

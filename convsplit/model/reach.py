@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.copies import deep_copy
@@ -55,6 +56,17 @@ def _calls(model: nn.Module, names: list[str], example_inputs: Batch, forward: F
         if name in modules:
             module: Any = modules[name]
             module.forward = counted(name, module.forward)
-    with quiet_run(copied):
-        run_or_explain(copied, example_inputs, forward)
+    # A wrapped forward may be bound to the model that was copied, and calls that one's layers.
+    own = {id(module): name for name, module in model.named_modules() if name in names}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in own:
+            calls[own[id(module)]] += 1
+
+    handle = register_module_forward_hook(note)
+    try:
+        with quiet_run(copied):
+            run_or_explain(copied, example_inputs, forward)
+    finally:
+        handle.remove()
     return calls
