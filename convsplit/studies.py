@@ -28,6 +28,7 @@ from convsplit.measure.stopwatch import Stopwatch
 from convsplit.model.copies import scratch_copy
 from convsplit.model.graphs import Trace, trace
 from convsplit.model.guards import plain_arithmetic, same_globals
+from convsplit.model.reach import unused_layers
 from convsplit.model.running import Batch, Forward
 from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import track, warn
@@ -209,6 +210,7 @@ class Study(Tabular, Generic[M]):
         """Convert as a plan says, perhaps an edited one, and repair where there are calibration data."""
         self._check_unchanged()
         converted = apply_plan(self.model, plan, progress=self.progress, fits=self._fits(), marginals=self.marginals)
+        self._check_reached(converted)
         if self.batches is not None and any(layer.option is None or layer.option.error != 0 for layer in plan.split):
             refit(converted, self.model, self.batches, forward=self.forward, seed=self.seed, progress=self.progress)
         return converted
@@ -305,6 +307,19 @@ class Study(Tabular, Generic[M]):
         return find_menus(
             self.sites, forms=forms, rank=rank, marginals=self.marginals, seed=self.seed, progress=self.progress
         )
+
+    def _check_reached(self, converted: nn.Module) -> None:
+        """Warn of split layers that a model does not run: code may hold on to the original's, or pick by class."""
+        if self.example_inputs is None:
+            return
+        unused = unused_layers(self.model, converted, self.example_inputs, self.forward)
+        if unused:
+            found = ", ".join(f"{name} ({after} of {before} calls)" for name, (before, after) in unused.items())
+            warn(
+                f"split layers that run less often than the layers they replace: {found}. A wrapped forward may hold "
+                "on to the original's layers, or code may pick them by isinstance(layer, nn.Conv2d): leave them out with "
+                "skip=, or convert the model before it is wrapped"
+            )
 
     def _fits(self) -> dict[str, tuple[CP, ...]]:
         """Those behind the menus, if there are menus yet: for an exact plan or one from a file they are not needed."""

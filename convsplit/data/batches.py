@@ -62,7 +62,9 @@ def checked_batches(batches: Any) -> list[Batch]:
     if counts[0] and not counts[1]:
         raise ValueError("one of the processes has no batches: deal them out so that each has some")
     if counts[0] != -counts[1]:
-        text = f"processes have from {-counts[1]} to {counts[0]} batches: each position counts the same, whoever has it"
+        text = (
+            f"processes have from {-counts[1]} to {counts[0]} batches: each position counts the same, whoever has it"
+        )
         warn(text)
     if not data:
         held = "no batches" if not length_of(batches_in(batches)) else "the batches are empty, none holds an input"

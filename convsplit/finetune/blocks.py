@@ -186,7 +186,9 @@ def _by_modules(
         for stop in stops:
             module = converted.get_submodule(stop.name)
             layers = tuple(m for m in module.modules() if isinstance(m, SeparableConv2d))
-            pairs = [(widened(x.clone()), widened(y.clone())) for x, y, _ in stop.values()]  # may be worked on in place
+            pairs = [
+                (widened(x.clone()), widened(y.clone())) for x, y, _ in stop.values()
+            ]  # may be worked on in place
             run = _Module(module, modes[stop.name])
             yield Block(stop.name, layers, (module,), run, [x for x, _ in pairs], [y for _, y in pairs])
 

@@ -138,7 +138,9 @@ def refit(
         with closing(stops):
             for stop in track(stops, "Refitting", total=len(layers) + len(others), progress=progress):
                 if _is_over(began, seconds):
-                    text = f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were"
+                    text = (
+                        f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were"
+                    )
                     warn(text)
                     break
                 layer = converted.get_submodule(stop.name)
