@@ -1,0 +1,186 @@
+"""What repair costs, as a multiple of one forward pass of both models over its batches, for models of several kinds.
+
+    python benchmarks/repair_speed.py [--cases resnet18 yolo recogniser detection] [--threads 2] [--rounds 3] [--busy]
+
+Each case gives a model and batches. Its convolutions become CP forms of rank 64 without data (which is quick); then
+one forward pass of both models and `refit` are timed in turn, and medians printed as rows of a Markdown table.
+`PYTHONPATH` of another commit measures that one.
+"""
+
+import argparse
+import copy
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import convsplit
+
+Case = Callable[[], tuple[nn.Module, list[Any]]]
+
+
+def resnet18() -> tuple[nn.Module, list[Any]]:
+    """ResNet-18 of torchvision, 64 of 256 images of 224x224: the multiple is nearly that of all."""
+    import torchvision
+
+    return torchvision.models.resnet18(), list(torch.randn(64, 3, 224, 224).split(16))
+
+
+class Bottleneck(nn.Module):
+    """Two convolutions and a shortcut, as in YOLOv8."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.cv1, self.cv2 = convolution(channels, channels), convolution(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.cv2(self.cv1(x))
+
+
+class Split(nn.Module):
+    """Half of the channels goes through bottlenecks; all that passes is concatenated."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__()
+        self.first = convolution(channels, channels, 1)
+        self.inner = nn.ModuleList(Bottleneck(channels // 2) for _ in range(depth))
+        self.last = convolution(channels // 2 * (2 + depth), channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.first(x).chunk(2, 1))
+        for block in self.inner:
+            parts.append(block(parts[-1]))
+        return self.last(torch.cat(parts, 1))
+
+
+def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.SiLU())
+
+
+class Detector(nn.Module):
+    """A backbone as in YOLOv8n with heads on three scales; a branch on the data keeps fx out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (16, 32, 64, 128, 256)
+        self.stem = convolution(3, 16, 3, 2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(convolution(i, o, 3, 2), Split(o, depth))
+            for i, o, depth in zip(widths, widths[1:], (1, 2, 2, 1), strict=False)
+        )
+        self.heads = nn.ModuleList(
+            nn.Sequential(convolution(c, 64), convolution(64, 64), nn.Conv2d(64, 144, 1)) for c in widths[2:]
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if not bool(x.isfinite().all()):
+            raise ValueError("bad image")
+        features, x = [], self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return [head(feature) for head, feature in zip(self.heads, features[1:], strict=True)]
+
+
+def yolo() -> tuple[nn.Module, list[Any]]:
+    """A detector like YOLOv8n, 16 images of 320x320 one by one."""
+    return Detector(), list(torch.randn(16, 3, 320, 320).split(1))
+
+
+class Recogniser(nn.Module):
+    """Seven convolutions of up to 256 channels with a BiLSTM behind them: CRNN for lines of text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths, pools = (1, 32, 64, 128, 128, 256, 256, 256), (2, 2, 1, (2, 1), 1, (2, 1), (4, 1))
+        layers: list[nn.Module] = []
+        for i, o, pool in zip(widths, widths[1:], pools, strict=False):
+            layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(pool)]
+        self.features, self.lstm = nn.Sequential(*layers), nn.LSTM(256, 128, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(256, 80)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.features(x).squeeze(2).transpose(1, 2))[0])
+
+
+def recogniser() -> tuple[nn.Module, list[Any]]:
+    """A text recogniser, 10 lines of 64x400."""
+    return Recogniser(), list(torch.randn(10, 1, 64, 400).split(1))
+
+
+def detection() -> tuple[nn.Module, list[Any]]:
+    """SSD with VGG16 of torchvision, whole, 6 images of 300x300: it does not trace."""
+    from torchvision.models.detection import ssd300_vgg16
+
+    model = ssd300_vgg16(weights=None, weights_backbone=None)
+    return model, [([image],) for image in torch.rand(6, 3, 300, 300)]
+
+
+CASES: dict[str, Case] = {"resnet18": resnet18, "yolo": yolo, "recogniser": recogniser, "detection": detection}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy", action="store_true", help="with another process that keeps one core busy")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    print("| case | forward pass of both (s) | refit (s) | multiple |\n| :--- | ---: | ---: | ---: |")
+    with another_process() if arguments.busy else nothing():
+        for name in arguments.cases:
+            passes, repairs = measure(*CASES[name](), arguments.rounds)
+            print(f"| {name} | {passes:.1f} | {repairs:.1f} | {repairs / passes:.1f} |", flush=True)
+
+
+def measure(model: nn.Module, batches: list[Any], rounds: int) -> tuple[float, float]:
+    """Medians of the seconds that one forward pass of both models and a repair take."""
+    torch.manual_seed(0)
+    if all(isinstance(batch, Tensor) for batch in batches):
+        with torch.no_grad():  # statistics of batch norm under which features live
+            model.train()(torch.cat(batches[:4]))
+    model.eval()
+    converted = convsplit.convert(model, rank=64, forms="pw-dw-pw")
+    passes, repairs = [], []
+    for _ in range(rounds):
+        twin = copy.deepcopy(converted)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for batch in batches:
+                for each in (model, twin):
+                    each(*batch) if isinstance(batch, tuple) else each(batch)
+        passes.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        convsplit.refit(twin, model, batches)
+        repairs.append(time.perf_counter() - start)
+    return statistics.median(passes), statistics.median(repairs)
+
+
+@contextmanager
+def another_process() -> Iterator[None]:
+    """A process that multiplies matrices on one thread, while inside."""
+    code = "import torch; torch.set_num_threads(1); a = torch.randn(1000, 1000)\nwhile True: a @ a"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+if __name__ == "__main__":
+    main()
