@@ -1,11 +1,14 @@
 """for_inference: the same outputs with batch norm gone, whatever stands between; and the result exports."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import convsplit
 from convsplit import SeparableConv2d
+from convsplit.measure import deployment
 
 
 def trained(net: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -93,20 +96,42 @@ def test_what_may_not_be_folded_is_left() -> None:
         outputs_equal(net, deployed, torch.randn(2, 8, 9, 9, dtype=torch.float64))
 
 
-def test_parts_fold_where_the_whole_does_not_trace() -> None:
-    class Choosy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+class Choosy(nn.Module):
+    """Cannot be traced; its parts can."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x) if x.sum() > 0 else self.body(-x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+        self.other = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
 
-    net = trained(Choosy())
-    deployed = convsplit.for_inference(net)
-    assert type(deployed) is Choosy
-    assert norms(deployed) == 0
-    outputs_equal(net, deployed, torch.randn(2, 8, 9, 9, dtype=torch.float64))
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x) if x.sum() > 0 else self.body(-x)
+
+
+class Tapping(Choosy):
+    """Looks at what passes between the convolution and the batch norm of one part."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body[0](x if x.sum() > 0 else -x)
+        return y, self.body[1](y), self.other(x)
+
+
+@pytest.mark.parametrize(("kind", "left"), [(Choosy, 0), (Tapping, 1)])
+@pytest.mark.parametrize("split", [False, True])
+def test_parts_fold_where_outputs_are_seen_to_stay(
+    kind: type[nn.Module], left: int, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "SECONDS", 0.05)
+    net = trained(kind())
+    net = convsplit.convert(net, rank="full", forms="dw-pw") if split else net
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    for inputs, remaining in ((None, 2), (x, left)):
+        deployed = convsplit.for_inference(net, inputs)
+        assert type(deployed) is kind
+        assert norms(deployed) == remaining
+        with torch.no_grad():
+            for one, other in zip(net(x), deployed(x), strict=True):
+                torch.testing.assert_close(one, other)
 
 
 def test_with_inputs_layout_and_arrangement_are_measured() -> None:

@@ -197,6 +197,37 @@ def computed_net() -> nn.Module:
     )  # fmt: skip
 
 
+def test_stages_edited_after_the_conversion_are_refused(path: Path) -> None:
+    for edit in ({"padding": (2, 2)}, {"dilation": (2, 2)}, {"padding_mode": "circular"}, {"stride": (2, 2)}):
+        converted = converted_net()
+        for name, value in edit.items():
+            setattr(converted[3].depthwise, name, value)
+        with pytest.raises(ValueError, match="depthwise stage of '3' was edited after the layer was made"):
+            save(converted, path)
+        assert not path.exists()
+
+
+def test_numbers_that_attributes_do_not_tell_come_back(path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3))
+    model[0].weight = nn.Parameter(torch.randn(16, 1, 3, 3))
+    model[1].padding = (2, 2)
+    converted = convsplit.convert(model, forms=("dw-pw", "pw-dw"))
+    save(converted, path)
+    assert_same_model(converted, load(path, model), torch.randn(1, 1, 6, 6))
+
+
+def test_unequal_multiplicities_of_one_module_under_two_names(path: Path) -> None:
+    def build() -> nn.Module:
+        layer = SeparableConv2d(8, 8, 3, components=11)
+        return nn.Sequential(layer, layer)
+
+    model = build()
+    save(model, path)
+    assert_same_model(model, load(path, build()), torch.randn(1, 8, 9, 9))
+    with safe_open(path, "pt") as file:
+        assert not any(name.startswith("1.") for name in file.keys())  # noqa: SIM118
+
+
 def test_other_kinds_of_convolutions_come_back(path: Path) -> None:
     converted = convsplit.convert(computed_net().eval(), forms=("dw-pw", "pw-dw"), rank=2, bake=True)
     assert sum(isinstance(m, SeparableConv2d) for m in converted.modules()) == 3
