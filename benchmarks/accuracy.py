@@ -63,7 +63,7 @@ def bias_corrected(model: nn.Module, image: Tensor, data: list[Tensor], kept: fl
 
 def recalibrated(model: nn.Module, image: Tensor, data: list[Tensor], kept: float, seed: int) -> nn.Module:
     converted = allocated(model, image, data, kept, seed)
-    convsplit.recalibrate(converted, data)
+    convsplit.repair.recalibrate(converted, data)
     return converted
 
 

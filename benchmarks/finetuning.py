@@ -73,7 +73,7 @@ def from_scratch(model: nn.Module, images: Tensor, labels: Tensor, seconds: floa
 
 def in_two_steps(
     model: nn.Module, kept: float, seed: int, images: Tensor, few: list[Tensor], seconds: float
-) -> tuple[nn.Module, convsplit.Distillation]:
+) -> tuple[nn.Module, convsplit.finetune.Distillation]:
     """Progressive conversion: to the root of the fraction, a third of the distillation, then the rest of both."""
     halfway = convsplit.convert(model, images[:1], budget=Budget(params=kept**0.5), calibration=few, seed=seed)
     convsplit.distill(halfway, model, images, epochs=10_000, seconds=seconds / 3, augment=mixed, seed=seed)
@@ -86,7 +86,7 @@ def in_two_steps(
     return network, course
 
 
-Way = tuple[str, nn.Module, float, convsplit.Distillation | None]
+Way = tuple[str, nn.Module, float, convsplit.finetune.Distillation | None]
 
 
 def ways(
@@ -97,7 +97,7 @@ def ways(
     def since(start: float) -> float:
         return time.perf_counter() - start
 
-    def distilled(begin: nn.Module, seconds: float) -> tuple[nn.Module, float, convsplit.Distillation]:
+    def distilled(begin: nn.Module, seconds: float) -> tuple[nn.Module, float, convsplit.finetune.Distillation]:
         network, start = copy.deepcopy(begin), time.perf_counter()
         course = convsplit.distill(network, model, images, epochs=10_000, seconds=seconds, augment=mixed, seed=seed)
         return network, since(start), course

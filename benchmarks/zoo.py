@@ -79,7 +79,7 @@ def _examine(name: str, largest: float) -> Result:
     return Result(name, len(plan.layers), len(plan.split), left, difference, time.perf_counter() - start)
 
 
-def repair(name: str) -> tuple[convsplit.Repaired, ...]:
+def repair(name: str) -> tuple[convsplit.repair.Repaired, ...]:
     """Split a model into classical depthwise-separable layers and repair them on two batches of random images."""
     torch.manual_seed(0)
     model = _awakened(build(name)).eval()

@@ -16,7 +16,7 @@ from convsplit.model.guards import same_globals
 from convsplit.model.running import Batch
 from convsplit.progress import track
 from convsplit.report.curves import Frontier
-from convsplit.studies import BUDGETS, Study, StudyOptions
+from convsplit.studies import BUDGETS, Study, StudyOptions, checked_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +38,7 @@ def study(model: M, example_inputs: Batch = None, **options: Unpack[StudyOptions
     >>> [len(known.plan(convsplit.Budget(params=kept)).split) for kept in (1.0, 0.3)]
     [0, 2]
     """
-    return Study(model, example_inputs, **options)
+    return Study(model, example_inputs, **checked_options(study, options))
 
 
 def convert(
@@ -92,7 +92,7 @@ def convert(
     >>> sum(p.numel() for p in smaller.parameters()) < 0.42 * sum(p.numel() for p in model.parameters())
     True
     """
-    known = Study(model, example_inputs, **options)
+    known = Study(model, example_inputs, **checked_options(convert, options))
     return known.convert(budget, rank=rank, exact=exact, prefer=prefer, stopwatch=stopwatch)
 
 
@@ -114,7 +114,7 @@ def make_plan(
     >>> plan.layers[0].params
     (4640, 688)
     """
-    known = Study(model, example_inputs, **options)
+    known = Study(model, example_inputs, **checked_options(make_plan, options))
     return known.plan(budget, rank=rank, exact=exact, prefer=prefer, stopwatch=stopwatch)
 
 
@@ -151,7 +151,8 @@ def frontier(
     >>> [point.drift < 1 for point in curve.points]
     [True, True, True]
     """
-    return Study(model, example_inputs, **options).frontier(batches, budgets=budgets, kind=kind)
+    known = Study(model, example_inputs, **checked_options(frontier, options))
+    return known.frontier(batches, budgets=budgets, kind=kind)
 
 
 @same_globals()
@@ -197,7 +198,7 @@ def bench(
     >>> [row.batch_size for row in found.rows]
     [2, 2]
     """
-    known: Study[nn.Module] = Study(model, example_inputs, **options)
+    known: Study[nn.Module] = Study(model, example_inputs, **checked_options(bench, options))
     if not known.menus:
         raise ValueError(f"{known.title} has no convolution that can be split: nothing to measure")
     rows: list[BenchRow] = []

@@ -8,7 +8,8 @@ The curves of a model do not depend on the budget, so a plan costs an allocation
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
@@ -59,6 +60,20 @@ class StudyOptions(TypedDict, total=False):
     bake: bool
     seed: int
     progress: bool | None
+
+
+def checked_options(function: Callable[..., Any], options: StudyOptions) -> StudyOptions:
+    """The options that a function hands on to a study, if a study has them all.
+
+    Raises:
+        TypeError: one that neither has; says which there are.
+    """
+    own = [name for name in inspect.signature(function).parameters if name != "options"]
+    for name in options:
+        if name not in StudyOptions.__annotations__:
+            known = ", ".join([*own, *StudyOptions.__annotations__])
+            raise TypeError(f"{function.__name__}() has no argument {name!r}; it takes {known}")
+    return options
 
 
 class ChoiceOptions(TypedDict, total=False):
@@ -317,8 +332,8 @@ class Study(Tabular, Generic[M]):
             found = ", ".join(f"{name} ({after} of {before} calls)" for name, (before, after) in unused.items())
             warn(
                 f"split layers that run less often than the layers they replace: {found}. A wrapped forward may hold "
-                "on to the original's layers, or code may pick them by isinstance(layer, nn.Conv2d): leave them out with "
-                "skip=, or convert the model before it is wrapped"
+                "on to the original's layers, or code may pick them by isinstance(layer, nn.Conv2d): leave them out "
+                "with skip=, or convert the model before it is wrapped"
             )
 
     def _fits(self) -> dict[str, tuple[CP, ...]]:

@@ -17,6 +17,7 @@ from torch import nn
 from train_digits import trained_anew
 
 import convsplit
+from convsplit import Budget
 from convsplit.tables import Table, count
 
 
@@ -39,17 +40,18 @@ def main() -> None:
         rows.append([name, params, f"{right:.4f}", f"{same:.4f}", f"{drift:.3f}", seconds])
 
     note("dense", model)
-    # The layers are looked at once for all budgets; each then costs one allocation and one conversion.
-    for point in convsplit.frontier(model, images[:1], budgets=arguments.budgets).points:
+    study = convsplit.study(model, images[:1])  # of all budgets; each then costs an allocation and a conversion
+    for fraction in arguments.budgets:
         start = time.perf_counter()
-        converted = convsplit.apply_plan(model, point.plan)
+        plan = study.plan(Budget(params=fraction))
+        converted = study.apply(plan)
         seconds = time.perf_counter() - start
         if len(rows) == 1:
-            console.rule(f"The plan: {point.plan.budget}")
-            console.print(str(point.plan), highlight=False)
+            console.rule(f"The plan: {plan.budget}")
+            console.print(str(plan), highlight=False)
             console.rule("The report")
             console.print(str(convsplit.compare(converted, model, images[:100])), highlight=False)
-        note(f"params={point.plan.budget.fraction:g}", converted, f"{seconds:.1f}")
+        note(f"params={fraction:g}", converted, f"{seconds:.1f}")
     console.rule("Accuracy on the test images, without any repair or training after the conversion")
     headings = ["model", "parameters", "accuracy", "agreement", "drift", "seconds"]
     console.print(Table(headings, rows, frozenset({"model"})).rich())

@@ -303,7 +303,7 @@ class Registered(nn.Conv2d):
         super().__init__(inside, outside, 3, padding=1)
 
 
-convsplit.register(Registered, lambda conv: conv)
+convsplit.kinds.register(Registered, lambda conv: conv)
 
 
 @awkward("2", left={"0": "may compute more", "1": "may compute more", "3": "1x1"})
@@ -329,7 +329,7 @@ def foreign_as_conv(module: Foreign) -> nn.Conv2d:
     return conv
 
 
-convsplit.register(Foreign, foreign_as_conv)
+convsplit.kinds.register(Foreign, foreign_as_conv)
 
 
 @awkward("0", "1")

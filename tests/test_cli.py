@@ -93,8 +93,8 @@ def test_report_writes_every_format(folder: Path, capsys: pytest.CaptureFixture)
     pytest.importorskip("jinja2")
     files = ["--html", "r.html", "--markdown", "r.md", "--csv", "r.csv", "--out", "r.json"]
     assert main(["report", *NET, "--budget", "params=0.5", "--input", "8x3x9x9", *files, "--time", "--json"]) == 0
-    printed = convsplit.Report.from_json(capsys.readouterr().out)
-    assert printed == convsplit.Report.from_json(Path("r.json").read_text())
+    printed = convsplit.report.Report.from_json(capsys.readouterr().out)
+    assert printed == convsplit.report.Report.from_json(Path("r.json").read_text())
     assert printed.images == 8
     assert printed.milliseconds is not None
     assert all(Path(name).stat().st_size for name in ("r.html", "r.md", "r.csv"))
@@ -134,7 +134,7 @@ def test_inputs_from_files(folder: Path) -> None:
     for source in ("x.npy", "x.npz:x", "x.pt"):
         arguments = ["--input", source, "--limit", "3", "--batch", "2", "--out", "r.json"]
         assert main(["report", *NET, *arguments]) == 0
-        assert convsplit.Report.from_json(Path("r.json").read_text()).images == 3
+        assert convsplit.report.Report.from_json(Path("r.json").read_text()).images == 3
 
 
 def test_a_folder_of_images(folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_folder_of_images(folder: Path) -> None:
     for number in range(3):
         image.new("RGB", (20, 14), (number * 90, 0, 0)).save(f"photos/{number}.png")
     assert main(["report", *NET, "--input", "photos", "--image-size", "9", "--out", "r.json"]) == 0
-    assert convsplit.Report.from_json(Path("r.json").read_text()).images == 3
+    assert convsplit.report.Report.from_json(Path("r.json").read_text()).images == 3
 
 
 def test_several_and_named_inputs() -> None:

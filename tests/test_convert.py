@@ -330,3 +330,8 @@ def test_any_mode_around_a_conversion_gives_the_same_model(mode):
     assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.state_dict().items())
     assert all(parameter.requires_grad for parameter in found.parameters())
     found(x).sum().backward()  # nothing of the mode sticks to the parameters
+
+
+def test_an_unknown_argument_is_named_with_those_there_are():
+    with pytest.raises(TypeError, match=r"frontier\(\) has no argument 'inputs'; it takes model, example_inputs, batches"):
+        convsplit.frontier(small_net(), inputs=images())

@@ -24,7 +24,7 @@ model = small_net()
 own = list(images(64).split(16))[rank::2]
 converted = convsplit.convert(model, images(), budget=convsplit.Budget(params=0.3), calibration=own)
 torch.save(converted.state_dict(), f"{folder}/converted{{rank}}.pt")
-convsplit.recalibrate(converted, own)
+convsplit.repair.recalibrate(converted, own)
 convsplit.distill(converted, model, own, epochs=2, held_out=own[:1])
 torch.save(converted.state_dict(), f"{folder}/distilled{{rank}}.pt")
 torch.distributed.destroy_process_group()

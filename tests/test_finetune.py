@@ -17,6 +17,7 @@ from convsplit import Budget, SeparableConv2d
 from convsplit.finetune.blocks import find_modules, find_spans, walk_blocks
 from convsplit.finetune.reconstruction import schedule
 from convsplit.model.graphs import SplitTracer
+from convsplit.repair import recalibrate
 
 
 def converted_net(cls=SmallNet, fraction=0.2):
@@ -273,7 +274,7 @@ def test_nonsense_is_refused():
 def test_groups_hold_every_trainable_parameter_once():
     _, converted = converted_net(fraction=0.5)
     converted.head.bias.requires_grad_(False)
-    groups = convsplit.parameter_groups(converted, lr=0.1, weight_decay=0.01, split_lr=0.05)
+    groups = convsplit.finetune.parameter_groups(converted, lr=0.1, weight_decay=0.01, split_lr=0.05)
     held = [p for group in groups for p in group["params"]]
     assert len({id(p) for p in held}) == len(held)
     assert {id(p) for p in held} == {id(p) for p in converted.parameters() if p.requires_grad}
@@ -283,26 +284,26 @@ def test_groups_hold_every_trainable_parameter_once():
         "undecayed": (0.1, 0.0),
     }
     optimizer = torch.optim.AdamW(groups)
-    convsplit.check_optimizer(optimizer, converted)
+    convsplit.finetune.check_optimizer(optimizer, converted)
     converted.requires_grad_(False)
     with pytest.raises(ValueError, match="requires_grad_"):
-        convsplit.parameter_groups(converted)
+        convsplit.finetune.parameter_groups(converted)
 
 
 def test_the_penalty_pulls_at_the_merged_kernel():
     conv = nn.Conv2d(8, 8, 3, bias=False)
     layer = SeparableConv2d.from_conv(conv, form="dw-pw", rank=8)
-    convsplit.kernel_penalty(layer).backward()
+    convsplit.finetune.kernel_penalty(layer).backward()
     assert all(p.grad is not None for p in layer.parameters())
-    torch.testing.assert_close(convsplit.kernel_penalty(layer), conv.weight.square().sum())
+    torch.testing.assert_close(convsplit.finetune.kernel_penalty(layer), conv.weight.square().sum())
 
 
 def test_an_optimizer_of_the_original_is_recognised():
     model, converted = converted_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"before conversion\?.*torch.optim.SGD\(convsplit.parameter_groups"):
-        convsplit.check_optimizer(optimizer, converted)
-    convsplit.check_optimizer(torch.optim.SGD(converted.parameters(), lr=0.1), converted)
+    with pytest.raises(ValueError, match=r"before conversion\?.*torch.optim.SGD\(convsplit.finetune.parameter_groups"):
+        convsplit.finetune.check_optimizer(optimizer, converted)
+    convsplit.finetune.check_optimizer(torch.optim.SGD(converted.parameters(), lr=0.1), converted)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -510,10 +511,10 @@ def test_models_with_gradient_checkpointing_are_calibrated(reentrant):
     assert drifts[1] < 1.05 * drifts[0]
 
 
-@pytest.mark.parametrize("work", [convsplit.compare, convsplit.recalibrate, convsplit.reconstruct, convsplit.distill])
+@pytest.mark.parametrize("work", [convsplit.compare, recalibrate, convsplit.reconstruct, convsplit.distill])
 def test_a_default_device_of_the_user_is_no_concern(work):
     model, converted = split_of(UnderAutocast)
-    given = [converted, [images(16)] * 3] if work is convsplit.recalibrate else [converted, model, [images(16)] * 3]
+    given = [converted, [images(16)] * 3] if work is recalibrate else [converted, model, [images(16)] * 3]
     options = {convsplit.reconstruct: {"steps": 2}, convsplit.distill: {"epochs": 1}}.get(work, {})
     torch.set_default_device("meta")  # on which every number that is made without a device is lost
     try:

@@ -34,7 +34,7 @@ class Balance(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def results() -> tuple[convsplit.Report, convsplit.Frontier]:
+def results() -> tuple[convsplit.report.Report, convsplit.report.Frontier]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)).eval()
     inputs = torch.randn(2, 3, 9, 9)
@@ -42,7 +42,7 @@ def results() -> tuple[convsplit.Report, convsplit.Frontier]:
     return report, convsplit.frontier(model, batches=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
 
 
-def page_of(report: convsplit.Report, frontier: convsplit.Frontier | None, folder: Path) -> str:
+def page_of(report: convsplit.report.Report, frontier: convsplit.report.Frontier | None, folder: Path) -> str:
     report.to_html(folder / "report.html", frontier=frontier)
     return (folder / "report.html").read_text(encoding="utf-8")
 

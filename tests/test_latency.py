@@ -251,7 +251,7 @@ def test_a_report_has_the_milliseconds_of_its_layers() -> None:
     report = convsplit.compare(convsplit.convert(net), net, torch.randn(2, 32, 12, 12), time=True)
     assert all(layer.milliseconds and min(layer.milliseconds) > 0 for layer in report.layers)
     assert "faster" in report.table().headings
-    assert convsplit.Report.from_json(report.to_json()) == report
+    assert convsplit.report.Report.from_json(report.to_json()) == report
     assert sum(layer.milliseconds[0] for layer in report.layers) <= 1.5 * report.milliseconds[0]
 
 

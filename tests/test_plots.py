@@ -13,7 +13,7 @@ from convsplit.report import plots  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def results() -> tuple[convsplit.Report, convsplit.Frontier]:
+def results() -> tuple[convsplit.report.Report, convsplit.report.Frontier]:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
@@ -23,14 +23,14 @@ def results() -> tuple[convsplit.Report, convsplit.Frontier]:
     return report, convsplit.frontier(model, batches=inputs, budgets=(0.8, 0.5, 0.3), forms="dw-pw")
 
 
-def test_every_picture_draws(results: tuple[convsplit.Report, convsplit.Frontier]) -> None:
+def test_every_picture_draws(results: tuple[convsplit.report.Report, convsplit.report.Frontier]) -> None:
     report, frontier = results
     drawn = [plots.plot_savings(report), plots.plot_depth(report), plots.plot_frontier(frontier)]
     for figure in [*drawn, plots.plot_curves(frontier, report), plots.plot_curves(frontier)]:
         figure.savefig(io.BytesIO(), format="svg")
 
 
-def test_lines_hold_the_figures(results: tuple[convsplit.Report, convsplit.Frontier]) -> None:
+def test_lines_hold_the_figures(results: tuple[convsplit.report.Report, convsplit.report.Frontier]) -> None:
     report, frontier = results
     local, accumulated = plots.plot_depth(report).axes[0].lines
     assert list(local.get_ydata()) == [layer.local.relative for layer in report.layers]

@@ -432,7 +432,7 @@ def test_recalibration_gives_the_statistics_of_the_data():
     model = small_net()
     twin, state = copy.deepcopy(model).train(), torch.get_rng_state()
     data = list(images(128).split(32))
-    convsplit.recalibrate(twin, (batch for batch in data))
+    convsplit.repair.recalibrate(twin, (batch for batch in data))
     assert all(module.training for module in twin.modules())
     assert torch.equal(torch.get_rng_state(), state)
     norm, before = twin.blocks[0].bn1, model.blocks[0].bn1
@@ -440,7 +440,7 @@ def test_recalibration_gives_the_statistics_of_the_data():
     reaching = torch.cat([model.blocks[0].conv1(torch.relu(model.stem(batch))) for batch in data])
     torch.testing.assert_close(norm.running_mean, reaching.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="no batches"):
-        convsplit.recalibrate(twin, [])
+        convsplit.repair.recalibrate(twin, [])
 
 
 def test_sensitivity_is_the_metric_of_the_outputs():

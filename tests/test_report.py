@@ -30,18 +30,18 @@ def small_model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def report() -> convsplit.Report:
+def report() -> convsplit.report.Report:
     model = small_model()
     return convsplit.compare(convsplit.convert(model, forms="dw-pw", rank=1), model, torch.randn(5, 3, 9, 9))
 
 
 @pytest.fixture(scope="module")
-def frontier() -> convsplit.Frontier:
+def frontier() -> convsplit.report.Frontier:
     inputs = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1))
     return convsplit.frontier(small_model(), batches=inputs, budgets=(0.8, 0.5, 0.3, 0.001), forms=["dw-pw", "pw-dw"])
 
 
-def test_totals_by_hand(report: convsplit.Report) -> None:
+def test_totals_by_hand(report: convsplit.report.Report) -> None:
     dense = (3 * 16 * 9 + 16) + (16 * 16 * 9 + 16)
     split = (3 * 9 + 3 * 16 + 16) + (16 * 9 + 16 * 16 + 16)
     rest = (16 * 8 + 8) + (8 * 4 + 4)
@@ -51,13 +51,13 @@ def test_totals_by_hand(report: convsplit.Report) -> None:
     assert [(layer.name, layer.reason) for layer in report.kept] == [("4", "1x1 kernel: already pointwise")]
 
 
-def test_json_round_trip(report: convsplit.Report) -> None:
-    assert convsplit.Report.from_json(report.to_json()) == report
+def test_json_round_trip(report: convsplit.report.Report) -> None:
+    assert convsplit.report.Report.from_json(report.to_json()) == report
     with pytest.raises(ValueError, match="not a report"):
-        convsplit.Report.from_json("{}")
+        convsplit.report.Report.from_json("{}")
 
 
-def test_json_follows_the_published_schema(report: convsplit.Report) -> None:
+def test_json_follows_the_published_schema(report: convsplit.report.Report) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(SCHEMA.read_text())
     jsonschema.validate(json.loads(report.to_json()), schema)
@@ -65,7 +65,7 @@ def test_json_follows_the_published_schema(report: convsplit.Report) -> None:
     jsonschema.validate(json.loads(timed.to_json()), schema)
 
 
-def test_schema_names_every_field(report: convsplit.Report) -> None:
+def test_schema_names_every_field(report: convsplit.report.Report) -> None:
     schema, written = json.loads(SCHEMA.read_text()), json.loads(report.to_json())
     assert set(schema["properties"]) == set(schema["required"]) == set(written)
     assert set(schema["$defs"]["layer"]["properties"]) == set(written["layers"][0])
@@ -87,7 +87,7 @@ def test_components_that_cancel_are_named() -> None:
     assert "components of 0 cancel each other" in report.summary()
 
 
-def test_csv_and_pandas_have_a_row_per_layer(report: convsplit.Report) -> None:
+def test_csv_and_pandas_have_a_row_per_layer(report: convsplit.report.Report) -> None:
     assert len(report.to_csv().splitlines()) == 1 + len(report.layers)
     pandas = pytest.importorskip("pandas")
     table = report.to_pandas()
@@ -95,13 +95,13 @@ def test_csv_and_pandas_have_a_row_per_layer(report: convsplit.Report) -> None:
     assert table["params_after"].sum() == report.conv_params[1]
 
 
-def test_narrow_terminals_get_every_cell(report: convsplit.Report) -> None:
+def test_narrow_terminals_get_every_cell(report: convsplit.report.Report) -> None:
     text = report.table().text(40)
     assert all(cell in text for row in report.table().rows for cell in row)
     assert max(map(len, text.splitlines())) <= 40
 
 
-def test_notebooks_get_escaped_html(report: convsplit.Report) -> None:
+def test_notebooks_get_escaped_html(report: convsplit.report.Report) -> None:
     named = replace(report, model="<script>")
     assert "<script>" not in named._repr_html_()
     assert named._repr_html_().count("<table>") == 2
@@ -128,7 +128,7 @@ class Answers(nn.Module):
         return self.answer(self.conv(torch.stack(x) if isinstance(x, list) else x))
 
 
-def told_of(answer: Callable[[Tensor], Any], batches: Any = None, **options: Any) -> convsplit.Report:
+def told_of(answer: Callable[[Tensor], Any], batches: Any = None, **options: Any) -> convsplit.report.Report:
     torch.manual_seed(0)
     model = Answers(answer).eval()
     batches = torch.randn(2, 3, 10, 10) if batches is None else batches
@@ -308,7 +308,7 @@ def test_views_of_one_storage_are_stored_once() -> None:
     assert stored_bytes([whole[:2], torch.zeros(3)]) == 80 + 12
 
 
-def test_diff_shows_what_changed(report: convsplit.Report) -> None:
+def test_diff_shows_what_changed(report: convsplit.report.Report) -> None:
     better = replace(report, agreement=1.0, params=(report.params[0], report.params[1] + 7))
     diff = report.diff(better)
     assert json.loads(diff.to_json())["change"]["params"] == 7
@@ -350,7 +350,7 @@ def test_verdict_says_when_there_are_few_inputs_or_no_speed() -> None:
     assert "not faster" in judge(replace(READY, speedup=0.9)).headline
 
 
-def test_frontier_shares_options_and_names_what_cannot_be_met(frontier: convsplit.Frontier) -> None:
+def test_frontier_shares_options_and_names_what_cannot_be_met(frontier: convsplit.report.Frontier) -> None:
     assert [point.budget.fraction for point in frontier.points] == [0.8, 0.5, 0.3]
     assert all(point.kept <= point.budget.fraction for point in frontier.points)
     errors = [point.largest_error for point in frontier.points]
@@ -360,7 +360,7 @@ def test_frontier_shares_options_and_names_what_cannot_be_met(frontier: convspli
     assert frontier.measured
 
 
-def test_frontier_is_what_make_plan_and_compare_say(frontier: convsplit.Frontier) -> None:
+def test_frontier_is_what_make_plan_and_compare_say(frontier: convsplit.report.Frontier) -> None:
     alone = convsplit.make_plan(small_model(), budget=convsplit.Budget(params=0.5), forms=["dw-pw", "pw-dw"])
     assert frontier.points[1].plan == alone
 
@@ -372,14 +372,14 @@ def test_frontier_without_inputs_predicts_only() -> None:
     assert curve.knee is None
 
 
-def test_frontier_prints_in_every_way(frontier: convsplit.Frontier) -> None:
+def test_frontier_prints_in_every_way(frontier: convsplit.report.Frontier) -> None:
     assert "params=0.5" in str(frontier)
     assert len(frontier.to_csv().splitlines()) == 1 + len(frontier.points)
     assert len(json.loads(frontier.to_json())["points"]) == 3
     assert "<table>" in frontier._repr_html_()
 
 
-def test_knee_is_the_bend(frontier: convsplit.Frontier) -> None:
+def test_knee_is_the_bend(frontier: convsplit.report.Frontier) -> None:
     point = frontier.points[1]
     points = [replace(point, largest_error=error, drift=None) for error in (0.1, 0.2, 1.0)]
     plans = [frontier.points[i].plan for i in range(3)]

@@ -18,8 +18,9 @@ from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 
 import convsplit
-from convsplit import SeparableConv2d, load, merge, save, save_folder, storage
+from convsplit import SeparableConv2d, load, merge, save, storage
 from convsplit.forms import FORMS
+from convsplit.storage import save_folder
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 MIXED = {"forms": ("dw-pw", "pw-dw"), "budget": convsplit.Budget(error=0.4)}

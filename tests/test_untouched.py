@@ -123,7 +123,7 @@ TRAINS: dict[str, Callable[[Any, Any], Any]] = {
     "refit": lambda m, s: convsplit.refit(s, m, [images(32)]),
     "reconstruct": lambda m, s: convsplit.reconstruct(s, m, [images(32)], steps=2),
     "distill": lambda m, s: convsplit.distill(s, m, [images()] * 3, epochs=1),
-    "recalibrate": lambda m, s: convsplit.recalibrate(s, [images(32)]),
+    "recalibrate": lambda m, s: convsplit.repair.recalibrate(s, [images(32)]),
 }
 
 

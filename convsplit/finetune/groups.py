@@ -76,7 +76,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, converted: nn.Module) -> N
     >>> check_optimizer(optimizer, convsplit.convert(model))
     Traceback (most recent call last):
     ...
-    ValueError: the optimizer holds 2 parameters that are not the model's (it was made for the model before conversion?) and lacks 4 of its 4 trainable ones: make it anew, torch.optim.SGD(convsplit.parameter_groups(converted))
+    ValueError: the optimizer holds 2 parameters that are not the model's (it was made for the model before conversion?) and lacks 4 of its 4 trainable ones: make it anew, torch.optim.SGD(convsplit.finetune.parameter_groups(converted))
     """  # noqa: E501
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {id(p) for p in converted.parameters()}
@@ -90,5 +90,5 @@ def check_optimizer(optimizer: torch.optim.Optimizer, converted: nn.Module) -> N
     if missing:
         parts.append(f"lacks {missing} of its {len(trainable)} trainable ones")
     if parts:
-        anew = f"torch.optim.{type(optimizer).__name__}(convsplit.parameter_groups(converted))"
+        anew = f"torch.optim.{type(optimizer).__name__}(convsplit.finetune.parameter_groups(converted))"
         raise ValueError(f"the optimizer {' and '.join(parts)}: make it anew, {anew}")

@@ -6,3 +6,7 @@ solve.py          least squares for the stages of a layer, from those moments
 fits.py           what is fitted of a layer: its factors, its last stage, its bias, or a dense kernel
 recalibration.py  batch-norm statistics, the cheap alternative
 """
+
+from convsplit.repair.recalibration import recalibrate as recalibrate
+from convsplit.repair.refitting import Repaired as Repaired
+from convsplit.repair.refitting import refit as refit
