@@ -203,7 +203,7 @@ def _tensors_to_store(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     shared: dict[str, str] = {}
     first_names: dict[int, str] = {}
     memory: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in _state(model).items():
         _check_storable(name, value)
         first = first_names.setdefault(id(value), name)
         if first != name:
@@ -217,6 +217,17 @@ def _tensors_to_store(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
         memory.add(storage.data_ptr())
         tensors[name] = tensor
     return tensors, shared
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """What torch's own state_dict gives, as it is used: one that the model overrides may rename or leave out."""
+    try:
+        return nn.Module.state_dict(model, keep_vars=True)
+    except TypeError as error:
+        raise ValueError(
+            f"a part of {type(model).__name__} overrides state_dict in a way that torch cannot call ({error}): give it "
+            "the arguments (*args, **kwargs) and hand them to super().state_dict"
+        ) from error
 
 
 def _check_storable(name: str, value: Any) -> None:
@@ -297,7 +308,7 @@ def _architecture(model: nn.Module, split: Iterable[str]) -> tuple[dict[str, str
         for name, module in named.items()
         if name in convs or not name.startswith(insides)
     }
-    shapes = _shapes({key: value for key, value in model.state_dict().items() if not key.startswith(insides)})
+    shapes = _shapes({key: value for key, value in _state(model).items() if not key.startswith(insides)})
     shapes.update({name: spec.weight_shape for name, spec in convs.items()})
     text = json.dumps([modules, shapes], sort_keys=True)
     return modules, hashlib.sha256(text.encode()).hexdigest()
@@ -492,7 +503,7 @@ def _give_bias(layer: SeparableConv2d, bias: bool) -> None:
 
 
 def _tensor_problems(rebuilt: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> Iterator[str]:
-    places: dict[str, Any] = rebuilt.state_dict(keep_vars=True)
+    places = _state(rebuilt)
     first_names: dict[int, str] = {}
     for name, place in places.items():
         tensor, on_meta = tensors.get(name), isinstance(place, Tensor) and place.is_meta
@@ -542,11 +553,11 @@ def _off_meta(model: M, device: torch.device | str) -> M:
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    # Through the model's own state_dict: it carries the version numbers that modules ask for when they load.
-    state = model.state_dict()
+    # Through the state_dict of the model: it carries the version numbers that modules ask for when they load.
+    state = _state(model)
     for name in state:
         state[name] = tensors.get(name, state[name])
-    model.load_state_dict(state)
+    nn.Module.load_state_dict(model, state)
 
 
 def _channel_problems(name: str, layer: SeparableConv2d, tensors: Mapping[str, Tensor]) -> Iterator[str]:

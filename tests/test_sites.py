@@ -218,3 +218,46 @@ def test_a_model_is_converted_the_same_way_twice(model: nn.Module) -> None:
     first, second = (convsplit.convert(model, rank=2) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("form", ["dw-pw", "pw-dw", "pw-dw-pw"])
+def test_another_default_device_does_not_matter(model: nn.Module, form: str) -> None:
+    """All tensors that convsplit makes for itself are made where the model is."""
+    expected = convsplit.convert(model, forms=form)
+    with torch.device("meta"):
+        converted = convsplit.convert(model, forms=form)
+    for one, other in zip(converted.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Writes(nn.Module):
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.conv, self.other, self.write = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(self.conv)
+        return self.other(self.conv(x) + self.other.weight.mean())
+
+
+def masked(conv: nn.Conv2d) -> None:
+    conv.weight.data *= torch.ones(3, 3).tril()
+
+
+def clipped(conv: nn.Conv2d) -> None:
+    conv.weight.data.clamp_(-0.02, 0.02)
+
+
+@torch.no_grad()
+def normalised(conv: nn.Conv2d) -> None:
+    conv.weight.copy_(conv.weight / conv.weight.norm())
+
+
+@pytest.mark.parametrize("write", [masked, clipped, normalised])
+def test_weights_that_forward_writes_to_stay_dense(write: Any) -> None:
+    model = settled(Writes(write))
+    weights = copy.deepcopy(model.state_dict())
+    found = reasons(model)
+    assert "may write to its weight in forward" in found["conv"]
+    assert not found["other"]
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())

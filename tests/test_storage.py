@@ -198,6 +198,27 @@ def computed_net() -> nn.Module:
     )  # fmt: skip
 
 
+class OwnState(nn.Sequential):
+    """Gives a state_dict of its own, of another form."""
+
+    def state_dict(self) -> dict[str, object]:  # type: ignore[override]
+        return {"inside": nn.Module.state_dict(self)}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:  # type: ignore[override]
+        nn.Module.load_state_dict(self, state["inside"])
+
+
+def test_overridden_state_dicts(path: Path) -> None:
+    def build() -> OwnState:
+        return OwnState(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+
+    converted, x = convsplit.convert(build(), forms=("dw-pw", "pw-dw")), torch.randn(1, 8, 9, 9)
+    save(converted, path)
+    assert torch.equal(load(path, build())(x), converted(x))
+    with pytest.raises(ValueError, match="a part of Sequential overrides state_dict in a way that torch cannot call"):
+        save(nn.Sequential(converted), path)
+
+
 def test_stages_edited_after_the_conversion_are_refused(path: Path) -> None:
     for edit in ({"padding": (2, 2)}, {"dilation": (2, 2)}, {"padding_mode": "circular"}, {"stride": (2, 2)}):
         converted = converted_net()

@@ -46,7 +46,7 @@ def exact_factors(weight: Tensor, rank: int) -> Factors | None:
     if rank < N * D:
         return None
     svd = slice_svd(weight.movedim(mode + 1, 1))
-    unit = torch.eye(N).to(weight).repeat_interleave(D, dim=1).expand(G, -1, -1)
+    unit = torch.eye(N, dtype=weight.dtype, device=weight.device).repeat_interleave(D, dim=1).expand(G, -1, -1)
     left = (svd.left * svd.values.unsqueeze(2)).transpose(1, 2).flatten(2)
     three = [left, svd.right.mT.transpose(1, 2).flatten(2)]
     three.insert(mode, unit)
@@ -58,7 +58,7 @@ def _slice_form(weight: Tensor, mode: int, rank: int, seed: int) -> tuple[float,
     """(energy captured, factors) of the SVDs of all slices along `mode`, sharing at most `rank` components."""
     slices = weight.movedim(mode, 1)  # [G,N,P,Q]
     G, N, P, Q = slices.shape
-    axes = torch.eye(N, dtype=weight.dtype).to(weight).expand(G, N, N)
+    axes = torch.eye(N, dtype=weight.dtype, device=weight.device).expand(G, N, N)
     if mode == 3:
         unfolded = slices.flatten(2)
         axes = tl.eigh(unfolded @ unfolded.mT)[1]  # columns
@@ -90,12 +90,12 @@ def _leading(slices: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Ten
         return left, sigma, right
     Q = slices.shape[-1]
     if count + 8 < Q / 2:
-        noise = torch.randn(Q, count + 8, generator=torch.Generator().manual_seed(seed), dtype=slices.dtype).to(
-            slices
-        )
+        noise = torch.randn(
+            Q, count + 8, generator=torch.Generator().manual_seed(seed), dtype=slices.dtype, device="cpu"
+        ).to(slices)
         basis = tl.qr(slices.mT @ (slices @ noise))[0]
     else:
-        basis = torch.eye(Q, dtype=slices.dtype).to(slices)
+        basis = torch.eye(Q, dtype=slices.dtype, device=slices.device)
     small = slices @ basis  # [G,N,P,D+8]
     squares, vectors = tl.eigh(small.mT @ small)
     squares, vectors = squares.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
@@ -113,7 +113,7 @@ def _padded(factors: Factors, rank: int, seed: int) -> Factors:
 
     def filled(factor: Tensor) -> Tensor:
         G, N, _ = factor.shape
-        noise = torch.randn(G, N, missing, generator=random, dtype=factor.dtype).to(factor)
+        noise = torch.randn(G, N, missing, generator=random, dtype=factor.dtype, device="cpu").to(factor)
         return torch.cat([factor, 0.1 * noise / math.sqrt(N)], dim=-1)
 
     return each(filled, factors)

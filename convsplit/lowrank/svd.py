@@ -31,7 +31,9 @@ class SliceSVD:
         """
         groups, channels, triplets = self.values.shape
         if even:
-            kept = torch.arange(channels * triplets).reshape(channels, triplets)[:, : components // channels]
+            kept = torch.arange(channels * triplets, device=self.values.device).reshape(channels, triplets)[
+                :, : components // channels
+            ]
             return kept.reshape(1, -1).expand(groups, -1).to(self.values.device)
         order = self.values.flatten(1).argsort(dim=1, descending=True, stable=True)
         return order[:, :components].sort(dim=1).values
