@@ -576,7 +576,7 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="not its conversion"):
         convsplit.refit(converted, nn.Sequential(nn.Conv2d(3, 3, 3)), images())
     with pytest.raises(ValueError, match="got"):
-        convsplit.refit(converted, model, torch.zeros(2, 1, 12, 12))
+        convsplit.refit(converted, model, torch.randn(2, 1, 12, 12))
 
 
 @pytest.mark.parametrize("stages", ["all", "last"])
