@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from awkward import doubled, images, settled
-from test_awkward import globals_now, portrait
+from portraits import globals_now, portrait
 from torch import Tensor, fx, nn
 
 import convsplit

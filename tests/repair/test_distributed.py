@@ -41,7 +41,7 @@ def torchrun(script: Path, *arguments: str) -> str:
 @pytest.mark.timeout(300)
 def test_two_processes_find_what_one_finds(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    script.write_text(WORKER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
     torchrun(script)
     states = {
         (step, rank): torch.load(tmp_path / f"{step}{rank}.pt", weights_only=True)
@@ -84,7 +84,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.timeout(300)
 def test_unequal_shares_neither_hang_nor_differ(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(UNEQUAL.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    script.write_text(UNEQUAL.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
     assert torchrun(script).count("refused: one of the processes has no batches") == 2
     states = [torch.load(tmp_path / f"unequal{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
@@ -94,6 +94,6 @@ def test_unequal_shares_neither_hang_nor_differ(tmp_path):
 @pytest.mark.timeout(300)
 def test_the_example_runs():
     pytest.importorskip("sklearn")
-    output = torchrun(Path(__file__).parents[1] / "examples" / "distributed_convert.py")
+    output = torchrun(Path(__file__).parents[2] / "examples" / "distributed_convert.py")
     assert "2 processes" in output
     assert output.rstrip().endswith("weights 0")

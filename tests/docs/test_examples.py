@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -333,5 +333,5 @@ def test_any_mode_around_a_conversion_gives_the_same_model(mode):
 
 
 def test_an_unknown_argument_is_named_with_those_there_are():
-    with pytest.raises(TypeError, match=r"frontier\(\) has no argument 'inputs'; it takes model, example_inputs, batches"):
+    with pytest.raises(TypeError, match=r"frontier\(\) has no argument 'inputs'; it takes model, example_inputs"):
         convsplit.frontier(small_net(), inputs=images())

@@ -20,7 +20,7 @@ from convsplit.report.svg import axis, log_ticks, round_ticks
 from convsplit.report.verdict import Evidence, judge
 from convsplit.tables import Table, count, percent
 
-SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 
 
 def small_model() -> nn.Module:

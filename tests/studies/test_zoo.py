@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import zoo
 
 # One of each kind: plain, residual, branching, squeezed, grouped, inverted, segmenting, without convolutions.
