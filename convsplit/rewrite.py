@@ -202,8 +202,8 @@ def _warn_of_closures(model: nn.Module) -> None:
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType]:
-    """Plain functions among a module's attributes and hooks."""
-    values = list(vars(module).values())
+    """Plain functions among a module's attributes and hooks; a `forward` of its own is bound to the copy."""
+    values = [value for key, value in vars(module).items() if key != "forward"]
     for value in (*values, *(each for held in values if isinstance(held, dict) for each in held.values())):
         if isinstance(value, FunctionType):
             yield value

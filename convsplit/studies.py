@@ -283,7 +283,7 @@ class Study(Tabular, Generic[M]):
 
     @property
     def macs(self) -> int | None:
-        """MACs of the whole model; None without example inputs."""
+        """MACs of the whole model per input; None without example inputs."""
         return self.trace.macs
 
     @property
@@ -293,7 +293,7 @@ class Study(Tabular, Generic[M]):
 
     def table(self) -> Table:
         """One row per convolution."""
-        headings = ["layer", "kernel", "params", "MACs", "places", "followed by", "left alone because"]
+        headings = ["layer", "kernel", "params", "MACs/input", "places", "followed by", "left alone because"]
         text = frozenset({"layer", "kernel", "followed by", "left alone because"})
         return Table(headings, [_cells(record) for record in self.records()], text)
 

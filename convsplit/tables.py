@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -191,23 +191,3 @@ def html_page_part(title: str, words: str, *tables: Table) -> str:
     """A title, words and tables for a notebook cell."""
     text = f"<p style='white-space:pre-line'>{escape(words)}</p>" if words else ""
     return f"<b>{escape(title)}</b>{text}{''.join(table.html() for table in tables)}"
-
-
-def records_csv(records: Iterable[Mapping[str, Any]]) -> str:
-    """Plain values as comma-separated values; unknown ones are empty."""
-    rows = list(records)
-    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
-    return Table(list(rows[0]) if rows else [], cells).csv()
-
-
-def records_pandas(records: Iterable[Mapping[str, Any]]) -> Any:
-    """Plain values as a `pandas.DataFrame`.
-
-    Raises:
-        ImportError: pandas is not installed.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError("to_pandas needs pandas: pip install pandas") from error
-    return pandas.DataFrame.from_records(list(records))

@@ -72,7 +72,7 @@ class PlannedLayer:
 
     @property
     def macs(self) -> tuple[int | None, int | None]:
-        """MACs before and after, None where unknown."""
+        """MACs per input before and after, None where unknown."""
         if self.dense is None or self.option is None:
             return (None, None)
         return (self.dense.macs, self.option.macs)
@@ -173,7 +173,7 @@ class Plan(Tabular):
     def table(self) -> Table:
         """One row per convolution."""
         timed = self.conditions is not None
-        headings = ["layer", "kernel", "form", "R", "params", "->", "kept", "MACs", " ->"]
+        headings = ["layer", "kernel", "form", "R", "params", "->", "kept", "MACs/input", " ->"]
         headings += [*(["ms", "  ->", "faster"] if timed else []), "error", "reason"]
         rows = [_row(layer, timed) for layer in self.layers]
         return Table(headings, rows, frozenset({"layer", "kernel", "form", "reason"}))
@@ -191,7 +191,7 @@ class Plan(Tabular):
         ]
         if t["macs_before"] is not None:
             lines.append(
-                f"MACs of the splittable convolutions {count(t['macs_before'])} -> {count(t['macs_after'])}"
+                f"MACs per input of the splittable convolutions {count(t['macs_before'])} -> {count(t['macs_after'])}"
                 f" ({ratio(t['macs_after'], t['macs_before'])})"
             )
         if self.conditions is not None:

@@ -48,7 +48,11 @@ def batches_of(batches: Any) -> Iterator[Batch]:
             yield batch
 
 
-def checked_batches(batches: Any) -> list[Batch]:
+class Checked(list[Batch]):
+    """Batches that were read and checked before."""
+
+
+def checked_batches(batches: Any) -> Checked:
     """All batches, read once, empty ones left out, no NaN in any. Infinite values may be masks, and are let through.
 
     Raises:
@@ -57,6 +61,8 @@ def checked_batches(batches: Any) -> list[Batch]:
     Warns:
         ConversionWarning: all inputs are equal numbers throughout, and so carry nothing; or more than could be read.
     """
+    if isinstance(batches, Checked):
+        return batches
     data = list(batches_of(batches))
     counts = all_reduced(torch.tensor([len(data), -len(data)]), "MAX").tolist()
     if counts[0] and not counts[1]:
@@ -78,7 +84,7 @@ def checked_batches(batches: Any) -> list[Batch]:
             ConversionWarning,
             stacklevel=3,
         )
-    return data if torch.is_inference_mode_enabled() else [tree_map(_outside_inference, batch) for batch in data]
+    return Checked(data if torch.is_inference_mode_enabled() else (tree_map(_outside_inference, each) for each in data))
 
 
 def _is_constant(batch: Batch) -> bool:

@@ -10,7 +10,7 @@ gradient method", 2020, 1412.1193, section 8), with one block per layer and posi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from convsplit.data.processes import all_reduced_each
 from convsplit.model.copies import scratch_copy
+from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, call, tensors_in
 
 IMAGES = 128  # more of them hardly change the moments
@@ -50,15 +51,19 @@ def measure_sensitivity(
                 values = values.clone() if values.is_inference() else values  # those cannot be part of a graph
                 module._parameters[key] = nn.Parameter(values, requires_grad=wanted)
     wanted_names = set(names)
+    layers = {name: module for name, module in copied.named_modules() if name in wanted_names}
     taps: list[tuple[str, Tensor]] = []
-    handles = [
-        module.register_forward_hook(_tap(name, taps))
-        for name, module in copied.named_modules()
-        if name in wanted_names
-    ]
     sums: dict[str, Tensor] = {}
+
+    def tap(name: str, given: Given, output: Any) -> Any:
+        """Keep a layer's answer and hand on a copy, which later layers may change in place."""
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        taps.append((name, output))
+        return output.clone()
+
     try:
-        with torch.enable_grad():
+        with hooked(layers, after=tap), torch.enable_grad():
             seen = 0
             for batch in batches:
                 taps.clear()
@@ -70,23 +75,8 @@ def measure_sensitivity(
         raise
     except (RuntimeError, NotImplementedError):  # something on the way has no derivative
         return {}
-    finally:
-        for handle in handles:
-            handle.remove()
     moments = all_reduced_each(sums, sorted(wanted_names))
     return {name: F / F.diagonal().mean() for name, F in moments.items() if F.diagonal().mean() > 0}
-
-
-def _tap(name: str, taps: list[tuple[str, Tensor]]) -> Callable[..., Any]:
-    """A hook that keeps a layer's answer and hands on a copy, which later layers may change in place."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return output
-        taps.append((name, output))
-        return output.clone()
-
-    return hook
 
 
 def _add(sums: dict[str, Tensor], taps: list[tuple[str, Tensor]], output: Any, seed: int) -> None:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -156,17 +155,12 @@ def find_modules(converted: nn.Module, split: set[str], batch: Batch, forward: F
     copied = scratch_copy(converted)
     arguments: dict[str, list[int]] = {}  # how many there were in each call
 
-    def count(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tensors = isinstance(first_of(args, kwargs), Tensor) and isinstance(output, Tensor)
-        arguments.setdefault(name, []).append(len(args) + len(kwargs) if tensors else 0)
+    def count(name: str, given: Given, output: Any) -> None:
+        tensors = isinstance(first_of(given.args, given.kwargs), Tensor) and isinstance(output, Tensor)
+        arguments.setdefault(name, []).append(len(given.args) + len(given.kwargs) if tensors else 0)
 
-    handles = [m.register_forward_hook(partial(count, n), with_kwargs=True) for n, m in copied.named_modules()]
-    try:
-        with quiet_run(copied):
-            run_or_explain(copied, batch, forward)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(dict(copied.named_modules()), after=count), quiet_run(copied):
+        run_or_explain(copied, batch, forward)
     around = dict.fromkeys(_around(name, arguments) for name in arguments if name in split)
     return [name for name in around if not any(name != other and name.startswith(f"{other}.") for other in around)]
 

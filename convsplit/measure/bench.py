@@ -172,7 +172,9 @@ def case_of(model: nn.Module, example_inputs: Batch, batch: int, threads: int, l
     inputs = resized(example_inputs, batch)
     last = layout == "channels_last"
     inputs = channels_last(inputs) if last else tree_map(_contiguous, inputs)
-    copied = deep_copy(model).eval().to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    copied = deep_copy(model)
+    copied.eval()  # not chained: a model's own train() may return nothing
+    copied = copied.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     return Case(copied, inputs, batch, threads, layout)
 
 

@@ -17,6 +17,7 @@ from convsplit.model.copies import deep_copy, scratch_copy
 from convsplit.model.graphs import trace
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.model.running import Batch, Forward, observe_calls, quiet_run, run_or_explain, tensors_in
+from convsplit.model.sharing import holders
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -83,7 +84,7 @@ def _foldable(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
 def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     modules = dict(model.named_modules())
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    holders = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    shared = holders(model)
     graphs = trace(model).graphs
     uses = Counter(
         _target(part, node) for part, graph in graphs.items() for node in graph.nodes if node.op == "call_module"
@@ -95,7 +96,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str]]:
                 continue
             pair = (modules[conv], modules[norm])
             alone = all(names[id(m)] == 1 and not m._forward_hooks and not m._forward_pre_hooks for m in pair)
-            untied = all(holders[id(p)] == 1 for m in pair for p in m.parameters())
+            untied = all(shared[id(p)] == 1 for m in pair for p in m.parameters())
             if alone and untied and uses[conv] == uses[norm] == 1 and pair[1].running_var is not None:
                 yield part, conv, norm
 
@@ -187,5 +188,5 @@ def _arrange(model: nn.Module, example_inputs: Batch, forward: Forward | None) -
 def _in_fastest_layout(model: nn.Module, example_inputs: Any, forward: Forward | None) -> nn.Module:
     layouts: Sequence[torch.memory_format] = (torch.contiguous_format, torch.channels_last)
     candidates = [deep_copy(model).to(memory_format=layout) for layout in layouts]
-    times = time_models(candidates, example_inputs, forward=forward, seconds=SECONDS)
+    times = time_models([scratch_copy(each) for each in candidates], example_inputs, forward=forward, seconds=SECONDS)
     return min(zip(candidates, times, strict=True), key=lambda pair: pair[1].total)[0]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from convsplit.choose.plan import Conditions
+from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, call, quiet_run, tensors_in
 
 ROUNDS = 9  # in which all candidates take their turn
@@ -127,21 +128,14 @@ def _watched(model: nn.Module, found: dict[str, list[float]]) -> Iterator[None]:
 
     started: dict[str, list[float]] = {name: [] for name in found}
     spent = dict.fromkeys(found, 0.0)
-    handles = []
-    for name in found:
-        module = model.get_submodule(name)
 
-        def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            started[name].append(timer())
+    def enter(name: str, given: Given) -> None:
+        started[name].append(timer())
 
-        def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            spent[name] += timer() - started[name].pop()
+    def leave(name: str, given: Given, output: Any) -> None:
+        spent[name] += timer() - started[name].pop()
 
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
+    with hooked({name: model.get_submodule(name) for name in found}, before=enter, after=leave):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, seconds in spent.items():
         found[name].append(seconds)

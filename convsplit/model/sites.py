@@ -14,6 +14,7 @@ from convsplit.kinds import Equivalent, equivalent, is_convolution
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.model.graphs import Trace
 from convsplit.model.running import Call
+from convsplit.model.sharing import holders
 from convsplit.model.usage import Usage
 from convsplit.spec import ConvSpec
 
@@ -116,12 +117,7 @@ def _inside_convolutions(model: nn.Module) -> set[int]:
 
 def _shared_parameters(model: nn.Module) -> set[int]:
     """Parameters held by more than one module (or twice by one): splitting one holder would untie them."""
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    return {key for key, count in holders.items() if count > 1}
+    return {key for key, count in holders(model).items() if count > 1}
 
 
 def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[Equivalent | None, ConvSpec | None, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import plain_arithmetic
 from convsplit.model.pairs import check_order
 from convsplit.model.running import Forward, is_random, quiet_run, run_or_explain, warn_of_noise
+from convsplit.model.sharing import holders
 from convsplit.progress import track, warn
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.repair.samples import Moments, Samples
@@ -217,14 +217,14 @@ def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> list
 
     Not linear layers: a classifier has as many equations as there are images, and on held-out ones it got worse.
     """
-    owners = Counter(id(p) for m in converted.modules() for p in m._parameters.values() if p is not None)
+    shared = holders(converted)
     return [
         name
         for name, module in converted.named_modules()
         if type(module) is nn.Conv2d
         and type(originals.get(name)) is type(module)
         and type(module.weight) is nn.Parameter
-        and owners[id(module.weight)] == 1
+        and shared[id(module.weight)] == 1
         and unknowns(module) <= MOST_UNKNOWNS
     ]
 

@@ -7,15 +7,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from convsplit.report.values import LayerReport, Measured
-from convsplit.tables import Table, count, html_page_part, milliseconds, percent, share
+from convsplit.tables import Table, Tabular, count, milliseconds, percent, share
 
 
 @dataclass(frozen=True)
-class ReportDiff:
-    """Two reports; print it, or use `to_markdown` and `to_json`. Made by `Report.diff`."""
+class ReportDiff(Tabular):
+    """Two reports; print it, or use one of the `to_` methods. Made by `Report.diff`."""
 
     first: Measured
     second: Measured
+
+    @property
+    def title(self) -> str:
+        """What it is."""
+        return "Two reports"
+
+    def tables(self) -> list[Table]:
+        """That of the layers and that of the totals."""
+        return [self.table(), self.totals_table()]
+
+    def summary(self) -> str:
+        """Both verdicts."""
+        return f"first: {self.first.verdict}\nsecond: {self.second.verdict}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dict of plain values per split layer of either."""
+        return [
+            {"report": which, **record}
+            for which, report in (("first", self.first), ("second", self.second))
+            for record in report.records()
+        ]
 
     def totals_table(self) -> Table:
         """Both reports' totals and what changed between them."""
@@ -35,16 +56,6 @@ class ReportDiff:
         names = list(dict.fromkeys([*sides[0], *sides[1]]))
         rows = [[name, *_interleaved(_cells(sides[0].get(name)), _cells(sides[1].get(name)))] for name in names]
         return Table(headings, rows, frozenset({"layer", "form", "-> form"}))
-
-    def __str__(self) -> str:
-        return f"{self.table().text()}\n\n{self.totals_table().text()}"
-
-    def _repr_html_(self) -> str:
-        return html_page_part("Two reports", "", self.totals_table(), self.table())
-
-    def to_markdown(self) -> str:
-        """GitHub-flavoured Markdown."""
-        return f"### Two reports\n\n{self.totals_table().markdown()}\n\n{self.table().markdown()}\n"
 
     def to_json(self) -> str:
         """Totals of both and their difference, None where either is unknown."""

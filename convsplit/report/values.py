@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING, Any
 from convsplit.report.verdict import Evidence, Verdict, judge
 from convsplit.tables import (
     Table,
+    Tabular,
     count,
-    html_page_part,
     milliseconds,
     percent,
     ratio,
-    records_csv,
-    records_pandas,
     share,
     times_faster,
 )
@@ -91,7 +89,7 @@ class KeptLayer:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Tabular):
     """What a conversion saved and how far the output moved, measured.
 
     `params`, `macs` (per input), `conv_params` and `conv_macs` are before and after: of the whole model, and of the
@@ -139,6 +137,15 @@ class Measured:
         macs = [layer.macs or (0, 0) for layer in self.layers]
         return (sum(each[0] for each in macs), sum(each[1] for each in macs))
 
+    @property
+    def title(self) -> str:
+        """The model's class."""
+        return self.model
+
+    def tables(self) -> list[Table]:
+        """That of the layers and that of the totals."""
+        return [self.table(), self.totals_table()]
+
     def totals_table(self) -> Table:
         """Before, after and kept: parameters, MACs, bytes, and milliseconds where measured."""
         pairs = {
@@ -174,32 +181,9 @@ class Measured:
             lines.append(f"top-1 agreement with the original: {percent(self.agreement)}")
         return "\n".join([*lines, *self.notes])
 
-    def text(self, width: int | None = None) -> str:
-        """Everything as plain text, for a terminal of some width."""
-        return f"{self.model}\n{self.table().text(width)}\n\n{self.totals_table().text(width)}\n\n{self.summary()}"
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def _repr_html_(self) -> str:
-        return html_page_part(self.model, self.summary(), self.totals_table(), self.table())
-
-    def to_markdown(self) -> str:
-        """GitHub-flavoured Markdown, for pull requests."""
-        parts = [f"### {self.model}", self.totals_table().markdown(), self.summary(), self.table().markdown()]
-        return "\n\n".join(parts) + "\n"
-
     def records(self) -> list[dict[str, Any]]:
         """One dict of plain values per split layer."""
         return [_record(layer) for layer in self.layers]
-
-    def to_csv(self) -> str:
-        """One line per split layer, plain numbers."""
-        return records_csv(self.records())
-
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with one row per split layer."""
-        return records_pandas(self.records())
 
     def to_json(self) -> str:
         """JSON text; `from_json` reads it back to an equal report. NaN and infinity are written as null."""

@@ -123,7 +123,7 @@ def test_parts_fold_where_outputs_are_seen_to_stay(
 ) -> None:
     monkeypatch.setattr(deployment, "SECONDS", 0.05)
     net = trained(kind())
-    net = convsplit.convert(net, rank="full", forms="dw-pw") if split else net
+    net = convsplit.convert(net, exact=True, forms="dw-pw") if split else net
     x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
     for inputs, remaining in ((None, 2), (x, left)):
         deployed = convsplit.for_inference(net, inputs)

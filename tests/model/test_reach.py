@@ -70,7 +70,7 @@ def test_layers_are_put_in_where_a_model_copies_itself() -> None:
             return nn.Sequential(nn.ReLU())
 
     layers = nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)
-    plan = convsplit.make_plan(nn.Sequential(*layers), rank="full")
+    plan = convsplit.make_plan(nn.Sequential(*layers), exact=True)
     model, x = BuildsAnew(*layers), torch.randn(1, 8, 9, 9)
     torch.testing.assert_close(convsplit.apply_plan(model, plan)(x), model(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"__deepcopy__ of Loses .* gives a copy without '2'"):

@@ -15,7 +15,7 @@ QUICK = ("dw-pw", "pw-dw")  # forms whose fits take no iterations
 
 
 def exact_plan(model: nn.Module, inputs: Any) -> Plan:
-    return convsplit.make_plan(model, inputs, rank="full")
+    return convsplit.make_plan(model, inputs, exact=True)
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:

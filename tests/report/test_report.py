@@ -257,7 +257,7 @@ def test_random_models_get_the_same_noise() -> None:
 
     torch.manual_seed(0)
     model = Answers(noisy).eval()
-    x, converted, state = torch.randn(4, 3, 9, 9), convsplit.convert(model, rank="full"), torch.get_rng_state()
+    x, converted, state = torch.randn(4, 3, 9, 9), convsplit.convert(model, exact=True), torch.get_rng_state()
     report = convsplit.compare(converted, model, x)
     assert report.drift.relative < 1e-4
     assert any("random" in note for note in report.notes)
@@ -267,7 +267,7 @@ def test_random_models_get_the_same_noise() -> None:
 def test_a_hook_that_returns_a_tuple_is_no_obstacle() -> None:
     model = Answers(lambda y: y[0]).eval()
     model.conv.register_forward_hook(lambda module, args, output: (output, 1))
-    report = convsplit.compare(convsplit.convert(model, rank="full"), model, torch.randn(4, 3, 9, 9))
+    report = convsplit.compare(convsplit.convert(model, exact=True), model, torch.randn(4, 3, 9, 9))
     assert report.layers[0].local.relative < 1e-5
     assert report.drift.relative < 1e-5
 
