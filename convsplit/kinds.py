@@ -152,7 +152,8 @@ def _settled(module: nn.Module) -> nn.Module:
     # What hooks computed for the last call hangs on to its graph, which deepcopy refuses to copy.
     stale = {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
     copied = copy.deepcopy(module, stale)
-    training, copied = module.training, copied.eval()
+    training = module.training
+    copied.eval()
     for hook in copied._forward_pre_hooks.values():
         if is_weight_hook(hook):
             hook(copied, ())

@@ -231,7 +231,7 @@ def bench(args: Namespace) -> None:
 
     example: convsplit bench torchvision.models:resnet18 --input 1x3x224x224 --budgets 0.5,0.25 --batches 1,8
     """
-    inputs, model = required_inputs_of(args), model_of(args).eval()
+    inputs, model = required_inputs_of(args), model_of(args)
     made = api.bench(
         model, inputs[0], budgets=[Budget.of_kind(args.kind, each) for each in args.budgets], batch_sizes=args.batches,
         threads=args.threads, layouts=[args.layout] if args.layout else LAYOUTS, compiled=args.compile,

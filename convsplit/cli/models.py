@@ -35,7 +35,8 @@ def load_model(where: str, arguments: Mapping[str, Any], weights: Path | None = 
     model = found if isinstance(found, nn.Module) else _call(where, found, arguments)
     if weights is not None:
         load_weights(model, weights)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def argument(text: str) -> tuple[str, Any]:

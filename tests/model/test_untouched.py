@@ -111,7 +111,7 @@ LOOKS: dict[str, Callable[[Any, Any, Path], Any]] = {
     "convert": lambda m, s, _: convsplit.convert(m, images(), **QUICK),
     "calibrate": lambda m, s, _: convsplit.make_plan(m, images(), calibration=[images()], **QUICK),
     "compare": lambda m, s, _: convsplit.compare(s, m, images()),
-    "frontier": lambda m, s, _: convsplit.frontier(m, inputs=images(), budgets=(0.5,), forms="dw-pw"),
+    "frontier": lambda m, s, _: convsplit.frontier(m, batches=images(), budgets=(0.5,), forms="dw-pw"),
     "by time": lambda m, s, _: convsplit.make_plan(
         m, images(), prefer="speed", stopwatch=convsplit.Stopwatch(seconds=0.2), **QUICK
     ),
