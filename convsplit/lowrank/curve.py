@@ -13,12 +13,12 @@ from convsplit.lowrank.canonical import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp_ea
 from convsplit.lowrank.factors import CP, affordable, sweep_flops
 
 CURVE_FLOPS = 2e9  # what one of the short fits may cost
-CURVE_SWEEPS = 24
+CURVE_SWEEPS = 32
 # Fractions of the kernel's parameters at which a curve is fitted, if two sweeps there cost no more than ANCHOR_FLOPS:
 # 512x512x9 stops at 0.4.
 ANCHORS = (0.05, 0.2, 0.4, 0.65, 0.9)
 ANCHOR_FLOPS = 4e10
-DECAY = 0.9  # of the gain from one doubling of the sweeps to the next
+DECAY = 0.95  # of the gain from one doubling of the sweeps to the next, at most
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,20 @@ def _anchors(shape: torch.Size, ranks: list[int]) -> list[int]:
 
 
 def _settled(fit: CP, shape: torch.Size) -> float:
-    """The error `cp` would reach with all its sweeps: log(error) falls geometrically from doubling to doubling."""
+    """The error `cp` would reach with all its sweeps: log(error) falls geometrically from doubling to doubling.
+
+    A fit that is about to converge gains less from each, one that creeps (high ranks do) as much as before; the ratio
+    of the last two gains tells them apart, but overstates it: of the powers tried, its cube root was off least.
+    """
     done = len(fit.history)
     if done < 4 or fit.history[-1] <= 0:
         return fit.error
     gain = math.log(fit.history[-1] / fit.history[done // 2 - 1])  # of the last doubling
+    before = math.log(fit.history[done // 2 - 1] / fit.history[done // 4 - 1]) if done >= 8 else 0.0
+    decay = DECAY * (min(gain / before, 1.0) ** (1 / 3) if before < 0 else 1.0)
     doublings = math.log2(max(affordable(shape, fit.rank, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS) / done, 1))
     return fit.error * math.exp(
-        gain * sum(DECAY**j * min(doublings - j + 1, 1) for j in range(1, math.ceil(doublings) + 1))
+        gain * sum(decay**j * min(doublings - j + 1, 1) for j in range(1, math.ceil(doublings) + 1))
     )
 
 

@@ -106,6 +106,6 @@ def test_float32_ends_where_float64_does(monkeypatch: pytest.MonkeyPatch) -> Non
     W = kernel(32, 32, decay=0.5)  # close to low rank: float32 cannot see the last sweeps
     W = W - 0.999 * (W - cp(W, 24).kernel())
     fit = cp(W, 24)
-    monkeypatch.setattr(sys.modules["convsplit.lowrank.cp"], "FLOAT64_WORK", 1e9)
+    monkeypatch.setattr(sys.modules["convsplit.lowrank.canonical"], "FLOAT64_WORK", 1e9)
     assert fit.error == pytest.approx(missed(fit, W), rel=0.01)
     assert fit.error <= 1.1 * cp(W, 24).error
