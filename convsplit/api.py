@@ -57,7 +57,7 @@ def convert(
     Args:
         model: any module. It is never changed.
         example_inputs: what the model is called with once: a tensor, a tuple of positional arguments or a dict of
-            keyword arguments. They tell the shapes, so MACs are known and no layer gets more of them.
+            keyword arguments. They give the shapes, so MACs are known and no layer gets more of them.
         budget: what may be kept; half the parameters of the splittable convolutions by default.
         rank: instead, the same rank for every layer: the depth multiplier of dw-pw and pw-dw (those two are chosen
             from unless `forms` says otherwise) or, with `forms="pw-dw-pw"`, the CP rank.
@@ -173,7 +173,7 @@ def bench(
     """Measure what conversions at several budgets gain on this machine, before any factor is computed.
 
     Split layers are filled with random numbers, whose speed is that of fitted ones. For each batch size, number of
-    threads and layout the choice is made anew by measurement, and both models are timed in turns.
+    threads and layout the choice is made again by measurement, and both models are timed in turns.
 
     Args:
         model: the model; it is not changed.
@@ -185,7 +185,7 @@ def bench(
         compiled: also measure both models after `torch.compile`.
         deployed: run both models through `for_inference` first, which folds batch norm.
         prefer: as for `convert`.
-        seconds: for measuring the layers of each case, about; models take some seconds more.
+        seconds: roughly how long to measure the layers of each case; models take a few seconds more.
         **options: as for `study`.
 
     Raises:

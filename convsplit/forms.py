@@ -78,7 +78,7 @@ class Factors:
 
     @classmethod
     def joined(cls, groups: Sequence[Factors]) -> Factors:
-        """What `by_group` took apart."""
+        """Put together what `by_group` took apart."""
         columns = zip(*((f.spatial, f.outputs, f.inputs, f.channels) for f in groups), strict=True)
         return cls(*(None if parts[0] is None else torch.cat(parts) for parts in columns))  # type: ignore[arg-type]
 

@@ -30,7 +30,7 @@ class Equivalent:
 
     `conv` shares the module's parameters unless they are computed. `pad`, where there is one, is a module that pads
     the input before `conv` (the padding of `conv` itself comes on top). `computed` says how the module computes its
-    weight anew at every call; it is empty for a weight that is stored.
+    weight at every call; it is empty for a weight that is stored.
     """
 
     conv: nn.Conv2d

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def widened(values: Tensor) -> Tensor:
-    """The same in float32 at least: sums of squares are not to be rounded as features are."""
+    """The same in float32 at least: sums of squares must not be rounded as features are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -188,7 +188,7 @@ def _put_in(model: nn.Module, copied: nn.Module, replacements: Mapping[int, nn.M
 
 
 def _warn_of_closures(model: nn.Module) -> None:
-    """Deepcopy hands functions on as they are: a closure over part of the model goes on using the original's."""
+    """Deepcopy passes functions on as they are: a closure over part of the model keeps using the original's."""
     own = {id(part) for module in model.modules() for part in (module, *module.parameters(recurse=False))}
     found = [
         f"{function.__qualname__} of {name or type(model).__name__}"

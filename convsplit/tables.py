@@ -37,7 +37,7 @@ def percent(fraction: float | None) -> str:
 
 
 def share(fraction: float | None) -> str:
-    """A relative error with three significant digits; exact zeros and unknowns are told apart."""
+    """A relative error with three significant digits; exact zeros and unknowns look different."""
     if fraction is None:
         return "-"
     return "0" if fraction == 0 else f"{fraction:.3g}"

@@ -6,7 +6,7 @@ are known, in MACs. Errors are relative Frobenius errors of the weight,
     || W - W' || / || W ||,
 
 so that 0 is exact and 1 is as bad as leaving the layer out. Where calibration data are at hand, the norm is that of
-the metric of the layer's inputs, so that it is the layer's output whose relative error is told.
+the metric of the layer's inputs, so that the error is the relative error of the layer's output.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Menu:
-    """A site and its options, the dense one first. `note` says why others were taken out, where that is so."""
+    """A site and its options, the dense one first. `note` says why others were removed, if any were."""
 
     site: Site
     options: tuple[Option, ...]

@@ -33,7 +33,7 @@ FORMAT = 1  # raised when the JSON of plans changes so that older versions canno
 
 @dataclass(frozen=True)
 class Conditions:
-    """What milliseconds were measured under; on another device, layout or number of threads they are others."""
+    """What milliseconds were measured under; another device, layout or number of threads gives others."""
 
     device: str
     dtype: str
@@ -49,7 +49,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """What becomes of one convolution. `option` is None where it cannot be split; `reason` tells why it is dense."""
+    """What becomes of one convolution. `option` is None where it cannot be split; `reason` says why it is dense."""
 
     name: str
     spec: ConvSpec | None

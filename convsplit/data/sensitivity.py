@@ -1,8 +1,8 @@
-"""How much the output of a model depends on what its layers answer: second moments of gradients, no labels.
+"""How much the output of a model depends on the outputs of its layers: second moments of gradients, no labels.
 
-For random directions v of the output, with g the gradient of <v, model(x)> by a layer's answer y[O] at a position,
+For random directions v of the output, with g the gradient of <v, model(x)> by a layer's output y[O] at a position,
 
-    F [O, O] = mean g g',    so that an error e of the answer moves the output by about sqrt(e' F e).
+    F [O, O] = mean g g',    so that an error e of a layer moves the output by about sqrt(e' F e).
 
 F is the metric of the Gauss-Newton matrix of the outputs (Martens, "New insights and perspectives on the natural
 gradient method", 2020, 1412.1193, section 8), with one block per layer and positions taken together.
@@ -42,8 +42,8 @@ def measure_sensitivity(
     torch.Size([2, 2])
     """
     copied = scratch_copy(model)
-    # Gradients to the layers' answers alone are asked for, so those to the weights are never computed; the weights only
-    # have to make the answers part of the graph. Detached, so that the user's own flags and graphs are left alone.
+    # Only gradients with respect to the layers' outputs are requested, so those of the weights are never computed; the
+    # weights only have to make the outputs part of the graph. Detached: the user's flags and graphs are left alone.
     for module in copied.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:

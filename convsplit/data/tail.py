@@ -1,6 +1,6 @@
 """What follows a convolution and belongs to its repair: batch norm, the sum with a shortcut, ReLU.
 
-The model goes on with act(g y + h + s), where y is the layer's answer, g and h the batch norm's scale and shift and s
+The model passes on act(g y + h + s), where y is the layer's answer, g and h the batch norm's scale and shift and s
 the shortcut. Two things can be gained by fitting that instead of y:
 
 * The shortcut of the converted model carries the errors of earlier blocks, and the layer can correct them: its target
@@ -56,7 +56,7 @@ class Tail:
         return torch.where(audible, (z - shift) / torch.where(audible, scale, 1.0), otherwise)
 
     def activated(self, z: Tensor) -> Tensor:
-        """What the model goes on with."""
+        """What the model passes on."""
         return z if self.ceiling is None else z.clamp(0, self.ceiling)
 
     def nearest(self, wanted: Tensor, current: Tensor) -> Tensor:

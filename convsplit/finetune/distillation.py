@@ -37,7 +37,7 @@ from convsplit.precision import widened
 
 BATCH = 64  # rows of a batch where all inputs came as one tensor
 CHECKS = 20  # of the held-out drift in the course of the training
-KEPT_BYTES = 256 << 20  # what the teacher's answers to the held-out inputs may take up
+KEPT_BYTES = 256 << 20  # what the teacher's outputs for the held-out inputs may take up
 CLIP = 1.0  # norm of all gradients together
 RATE, LARGEST_RATE = 2e-3, 1e-3  # the default learning rate is RATE * drift^2, at most LARGEST_RATE
 
@@ -107,14 +107,14 @@ def distill(
         converted: from `convert`, best repaired by `refit` before; changed in place.
         original: the model it was converted from, which is the teacher; not changed.
         batches: unlabelled inputs: a tensor, or an iterable of what `convert` takes as `calibration`. A `DataLoader`
-            is read anew in every epoch; a generator is read once and kept.
+            is read again in every epoch; a generator is read once and kept.
         forward: how to run a model on what `batches` yields, such as `lambda model, batch: model(batch[0])`.
         criterion: `(output, batch) -> loss`, added to the loss: with labels, for instance
             `lambda output, batch: F.cross_entropy(output, batch[1])`.
         epochs: passes over the inputs.
         seconds: ends sooner, the schedule with it; results then depend on the machine's speed.
         lr: the largest learning rate; by default 0.002 times the squared drift on the held-out inputs, 0.001 at most. A
-            repaired model is close already, and larger steps lose what the repair won.
+            repaired model is close already, and larger steps lose what the repair gained.
         weight_decay: of weights that are not factors, see `parameter_groups`.
         temperature: of the softmax, for logits.
         features: weight of the features' relative squared error, for instance 1; 0 leaves it out, which is faster and
@@ -169,7 +169,7 @@ Show = Callable[[float, Check, Check], None]  # how much is done, the first chec
 
 
 class _Inputs:
-    """Training batches, read anew or kept, and held-out ones."""
+    """Training batches, read again or kept, and held-out ones."""
 
     def __init__(self, source: Iterable[Batch], held_out: list[Batch]) -> None:
         self.source, self.held_out = source, held_out
@@ -223,7 +223,7 @@ def _held_out(batches: Iterable[Batch]) -> list[Batch]:
 
 
 class _Loss:
-    """The distance between a student's and a teacher's answers to a batch."""
+    """The distance between a student's and a teacher's outputs for a batch."""
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, example: Batch, forward: Forward | None,
@@ -430,7 +430,7 @@ class _Run:
         return sums
 
     def taught(self, index: int, batch: Batch) -> Any:
-        """The teacher's answer to a held-out batch, kept from the first check on unless it is large."""
+        """The teacher's output for a held-out batch, kept from the first check on unless it is large."""
         if index in self.answers:
             return self.answers[index]
         answer = self.loss.forward(self.loss.teacher, batch)
@@ -506,7 +506,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device has instructions for bfloat16, so that it is faster there and not only smaller."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.12 does not tell
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.12 cannot say
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -44,12 +44,12 @@ def reconstruct(
     seed: int = 0,
     progress: bool | None = None,
 ) -> tuple[Reconstructed, ...]:
-    """Train the split layers of `converted`, in place and block by block, to give what `original`'s blocks give.
+    """Train the split layers of `converted`, in place and block by block, to match `original`'s blocks.
 
     Blocks are taken in the order of execution: on the features that reach a block in the already reconstructed model,
     its split layers take `steps` gradient steps (Adam, cosine schedule) towards the original block's output on the
-    original's own features. No labels, and no gradients beyond one block: some seconds each. Nothing but the split
-    layers changes, batch norm runs on its running statistics, and a block that came out worse is put back.
+    original's own features. No labels, and no gradients beyond one block: a few seconds each. Nothing but the split
+    layers changes, batch norm runs on its running statistics, and a block that came out worse is restored.
 
     Args:
         converted: from `convert`, best repaired by `refit` before; changed in place.

@@ -33,7 +33,7 @@ from convsplit.spec import ConvSpec, PaddingMode, Pair, padding_around, pair
 #   repeated  where channels have m > 1 components each: m true depthwise convolutions, one for the j-th component of
 #             all channels, their results added up. Kernels for m > 1 leave the fast paths of CPU libraries.
 #   by image  all stages of one image, then of the next: what passes between stages stays in the cache, and is too
-#             small for memory to be fetched from the system anew. Recorded graphs have the stages as they are.
+#             small for memory to be fetched from the system again. Recorded graphs have the stages as they are.
 ARRANGEMENTS = ("stages", "repeated", "by image")
 
 _CONVOLUTIONS = ("pointwise_in", "depthwise", "pointwise_out")
@@ -563,7 +563,7 @@ def _rank_arguments(form: Form, spec: ConvSpec, components: int, even: bool) -> 
 
 
 def _spread(components: int, channels: int, groups: int) -> list[int]:
-    """Channels [R] of components given out as evenly as they go, the same number in every group."""
+    """Channels [R] of components given out as evenly as possible, the same number in every group."""
     step, width = components // groups, channels // groups
     return [group * width + i * width // step for group in range(groups) for i in range(step)]
 

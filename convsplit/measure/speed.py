@@ -24,7 +24,7 @@ from convsplit.tables import milliseconds
 
 PREFERENCES = ("accuracy", "speed")
 MARGIN = 0.97  # of the dense layer's time: what an option must stay below to count as faster
-TRIES = 5  # of making the choice anew
+TRIES = 5  # of making the choice again
 CLOSE, TOLERANCE = 0.02, 0.05  # of the wanted fraction: what is aimed at, and what is accepted
 
 _HINT = '; options that are not measured faster than the dense layers were left out, prefer="accuracy" has them all'
@@ -55,7 +55,7 @@ def choose_by_time(
 ) -> Timed:
     """Choose one option per menu as `allocate` does (or the closest, without a budget), by measured milliseconds.
 
-    With `prefer="speed"`, options that are not measured faster than the dense layer are taken out of the menus. The
+    With `prefer="speed"`, options that are not measured faster than the dense layer are removed from the menus. The
     milliseconds of the options chosen are those measured within the model.
 
     Raises:

@@ -33,7 +33,7 @@ from convsplit.spec import ConvSpec
 from convsplit.structure import Structure
 
 COARSE, COARSER = 5, 3  # ranks of a form that are measured, and of slow layers; the others are interpolated
-HOPELESS = 1.5  # times as slow as the dense layer: one run tells
+HOPELESS = 1.5  # times as slow as the dense layer: one run is enough to see it
 LARGE = 2**20  # numbers in a feature map: smaller ones stay in the cache anyway, and are not tried image by image
 
 Shape = tuple[int, ...]
@@ -42,7 +42,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Stopwatch:
-    """Measures the options of layers; equal layers once, and what it has measured it remembers.
+    """Measures the options of layers, equal layers only once, and remembers what it has measured.
 
     Args:
         seconds: about the longest that one `timed` may take. Of slow layers fewer ranks are measured, each at least
@@ -193,7 +193,7 @@ def _dense(original: Equivalent) -> nn.Module:
 
 @torch.no_grad()
 def with_noise(model: M) -> M:
-    """Random numbers of a fitting size in every split layer: for timing, where a factorisation would only take long."""
+    """Random numbers of a fitting size in every split layer: for timing, where fitting would only waste time."""
     for layer in model.modules():
         if isinstance(layer, SeparableConv2d):
             for stage in layer.stages.values():

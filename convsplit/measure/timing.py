@@ -70,7 +70,7 @@ def milliseconds_in_turns(
 
 
 def conditions_of(model: nn.Module, inputs: Batch, *, training: bool = False) -> Conditions:
-    """Where and how a model runs: its first parameter's device and dtype, its layout, the present threads."""
+    """Where and how a model runs: its first parameter's device and dtype, its layout, the current number of threads."""
     weight = next(model.parameters(), torch.zeros(()))
     images = [t for t in (*tensors_in(inputs), *model.parameters()) if t.dim() == 4]
     last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in images)

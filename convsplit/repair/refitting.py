@@ -41,7 +41,7 @@ FLOOR = 0.01  # of the mean sensitivity: what an error that no output seems to f
 class Repaired:
     """What the repair did to one layer: relative squared errors on the data, before and after.
 
-    They are those of what the model goes on with: the output behind batch norm, shortcut and ReLU.
+    They are those of what the model passes on: the output behind batch norm, shortcut and ReLU.
     """
 
     name: str
@@ -97,7 +97,7 @@ def refit(
     gives no outputs that could be compared; it is left as it is, with a warning.
 
     Returns:
-        for each repaired layer, the relative squared error of what the model goes on with, before and after.
+        for each repaired layer, the relative squared error of what the model passes on, before and after.
 
     Raises:
         ValueError: no batches, NaN or infinite values in a batch or inside the model, an unknown `stages` or `target`.

@@ -65,7 +65,7 @@ class Samples:
         return found
 
     def error(self, kernel: Tensor, bias: Tensor) -> float:
-        """Squared error of what the model goes on with, for kernels [G, O, I, K], relative to its variance."""
+        """Squared error of what the model passes on, for kernels [G, O, I, K], relative to its variance."""
         missed = energy = total = torch.zeros((), dtype=torch.float64, device="cpu")
         for sample in self.batches:
             wanted = self.tail.activated(self._wanted(sample))

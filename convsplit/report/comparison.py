@@ -60,7 +60,7 @@ def compare(
         forward: how to run a model on what `batches` yields; for a loader of images and labels
             `lambda model, batch: model(batch[0])`.
         time: also measure the median milliseconds of both models on the first batch, in turns, and of the split layers
-            within them, for some seconds.
+            within them, for a few seconds.
         progress: show a progress bar; by default only on a terminal.
 
     MACs are per input, measured on the first batch. Copies of both models are run, in eval mode and, where a model
@@ -339,7 +339,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _kept(model: nn.Module, split: set[str]) -> Iterator[KeptLayer]:
-    """The convolutions that are not split, and why where the model tells; the plan knows of budgets."""
+    """The convolutions that are not split, with the reason where the model shows it; only the plan knows of budgets."""
     for site in find_sites(model, Trace()):
         if site.name not in split:
             yield KeptLayer(site.name, site.spec.params if site.spec else 0, site.reason or "kept dense by the plan")
