@@ -124,7 +124,9 @@ def _unknown(module: nn.Module) -> str:
     if _is_quantised(module):
         return f"{kind.__name__} is quantised: convert before quantising"
     if isinstance(module, nn.Conv2d):
-        return f"{kind.__module__}.{kind.__qualname__} may compute more than Conv2d does (see convsplit.kinds.register)"
+        return (
+            f"{kind.__module__}.{kind.__qualname__} may compute more than Conv2d does (see convsplit.kinds.register)"
+        )
     return f"a {kind.__name__} is no convolution"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from convsplit.data.processes import all_reduced
+from convsplit.data.processes import reduced_numbers
 from convsplit.model.running import Batch, batches_in
 from convsplit.model.values import count_inputs, is_empty, main_tensor, tensors_in
 from convsplit.progress import ConversionWarning, warn
@@ -64,13 +64,11 @@ def checked_batches(batches: Any) -> Checked:
     if isinstance(batches, Checked):
         return batches
     data = list(batches_of(batches))
-    counts = all_reduced(torch.tensor([len(data), -len(data)]), "MAX").tolist()
+    counts = reduced_numbers(len(data), -len(data), operation="MAX")
     if counts[0] and not counts[1]:
         raise ValueError("one of the processes has no batches: deal them out so that each has some")
     if counts[0] != -counts[1]:
-        text = (
-            f"processes have from {-counts[1]} to {counts[0]} batches: each position counts the same, whoever has it"
-        )
+        text = f"processes have from {-counts[1]:.0f} to {counts[0]:.0f} batches: each position counts the same, whoever has it"
         warn(text)
     if not data:
         held = "no batches" if not length_of(batches_in(batches)) else "the batches are empty, none holds an input"
@@ -84,7 +82,9 @@ def checked_batches(batches: Any) -> Checked:
             ConversionWarning,
             stacklevel=3,
         )
-    return Checked(data if torch.is_inference_mode_enabled() else (tree_map(_outside_inference, each) for each in data))
+    return Checked(
+        data if torch.is_inference_mode_enabled() else (tree_map(_outside_inference, each) for each in data)
+    )
 
 
 def _is_constant(batch: Batch) -> bool:

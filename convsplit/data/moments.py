@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from convsplit.data.processes import all_reduced, all_reduced_each, is_shared
+from convsplit.data.processes import all_reduced_each, is_shared, reduced_numbers
 from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 from convsplit.model.values import tensors_in
@@ -115,7 +115,7 @@ def measure_marginals(
     sums: dict[str, list[Tensor]] = {}
     seen = dict.fromkeys(convs, 0)
     modules = dict(model.named_modules())
-    count = int(all_reduced(torch.tensor(len(batches))))  # once: hooks of several processes do not run in step
+    count = int(reduced_numbers(len(batches))[0])  # once: hooks of several processes do not run in step
 
     def watch(name: str, given: Given, output: Any) -> None:
         conv, x, y = convs[name], given.tensor, next(tensors_in(output))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.data.batches import checked_batches
-from convsplit.data.processes import all_reduced
+from convsplit.data.processes import reduced_numbers
 from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import Tail
 from convsplit.data.walk import walk
@@ -160,7 +160,7 @@ def _is_over(began: float, seconds: float | None) -> bool:
     """Whether the time is up, in any process."""
     if seconds is None:
         return False
-    return bool(all_reduced(torch.tensor(float(time.monotonic() - began > seconds)), "MAX"))
+    return bool(reduced_numbers(time.monotonic() - began > seconds, operation="MAX")[0])
 
 
 def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: float) -> Repaired:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.data.moments import sampled_outputs, sampled_patches, thinning
-from convsplit.data.processes import all_reduced
+from convsplit.data.processes import all_reduced, reduced_numbers
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
 
@@ -101,7 +101,7 @@ def take_samples(reader: nn.Conv2d, stop: Stop, groups: int, before: Callable[[T
             shortcuts = shortcuts and (shortcuts[0].unsqueeze(0), shortcuts[1].unsqueeze(0))
         if index == 0:
             unknowns = reader.in_channels * math.prod(reader.kernel_size)
-            images = int(all_reduced(torch.tensor(len(answers) * stop.calls)))
+            images = int(reduced_numbers(len(answers) * stop.calls)[0])
             step = thinning(answers.shape[-2:], images, unknowns)
         added = shortcuts and (sampled_outputs(shortcuts[0], step, index), sampled_outputs(shortcuts[1], step, index))
         patches = sampled_patches(reader, groups, before(inputs), answers.shape[-2:], step, index)
