@@ -68,8 +68,8 @@ def checked_batches(batches: Any) -> Checked:
     if counts[0] and not counts[1]:
         raise ValueError("one of the processes has no batches: deal them out so that each has some")
     if counts[0] != -counts[1]:
-        text = f"processes have from {-counts[1]:.0f} to {counts[0]:.0f} batches: each position counts the same, whoever has it"
-        warn(text)
+        span = f"from {-counts[1]:.0f} to {counts[0]:.0f} batches"
+        warn(f"processes have {span}: each position counts the same, whoever has it")
     if not data:
         held = "no batches" if not length_of(batches_in(batches)) else "the batches are empty, none holds an input"
         raise ValueError(f"{held}: give some unlabelled inputs to calibrate on")

@@ -25,7 +25,7 @@ def is_shared() -> bool:
 
 def reduced_numbers(*numbers: float, operation: str = "SUM") -> list[float]:
     """Plain numbers over all processes, on the CPU whatever the user's default device is."""
-    return all_reduced(torch.tensor(numbers, dtype=torch.float64, device="cpu"), operation).tolist()  # type: ignore[no-any-return]
+    return all_reduced(torch.tensor(numbers, dtype=torch.float64, device="cpu"), operation).tolist()
 
 
 def all_reduced_each(parts: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
