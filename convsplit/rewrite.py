@@ -163,7 +163,7 @@ def _copy_with(model: M, replacements: Mapping[str, nn.Module]) -> M:
     _put_in(model, copied, {id(modules[name]): new for name, new in replacements.items()})
     for name, new in replacements.items():
         _hand_over(name, modules[name], new, memo)
-    _warn_of_closures(model)
+    _warn_of_closures(model, copied)
     return copied  # type: ignore[return-value]
 
 
@@ -187,12 +187,15 @@ def _put_in(model: nn.Module, copied: nn.Module, replacements: Mapping[int, nn.M
             ) from error
 
 
-def _warn_of_closures(model: nn.Module) -> None:
-    """Deepcopy passes functions on as they are: a closure over part of the model keeps using the original's."""
+def _warn_of_closures(model: nn.Module, copied: nn.Module) -> None:
+    """Deepcopy passes functions on as they are: a closure over part of the model keeps using the original's.
+
+    It is the copy's functions that count: a `forward` of an instance may have been bound to the copy.
+    """
     own = {id(part) for module in model.modules() for part in (module, *module.parameters(recurse=False))}
     found = [
         f"{function.__qualname__} of {name or type(model).__name__}"
-        for name, module in model.named_modules()
+        for name, module in copied.named_modules()
         for function in _functions(module)
         if any(id(part) in own for part in _closed_over(function))
     ]
@@ -202,8 +205,8 @@ def _warn_of_closures(model: nn.Module) -> None:
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType]:
-    """Plain functions among a module's attributes and hooks; a `forward` of its own is bound to the copy."""
-    values = [value for key, value in vars(module).items() if key != "forward"]
+    """Plain functions among a module's attributes and hooks."""
+    values = list(vars(module).values())
     for value in (*values, *(each for held in values if isinstance(held, dict) for each in held.values())):
         if isinstance(value, FunctionType):
             yield value

@@ -38,7 +38,7 @@ class Pass:
         self._abandoned = False
         self._error: BaseException | None = None
         context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._main,), daemon=True)
+        self._thread = threading.Thread(target=context.run, args=(self._main,), name="convsplit pass", daemon=True)
         self.at: Any = None  # what it stands at; None while it has not begun and when it has ended
         self.ended = False
 

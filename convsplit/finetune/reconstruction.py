@@ -15,7 +15,7 @@ from convsplit.finetune.blocks import Block, walk_blocks
 from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import plain_arithmetic
 from convsplit.model.pairs import check_order
-from convsplit.model.running import Forward, is_random, quiet_run, run_or_explain, warn_of_noise
+from convsplit.model.running import Forward, is_random, quiet_run, warn_of_noise
 from convsplit.precision import widened, widened_weights
 from convsplit.progress import track
 
@@ -82,7 +82,6 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     original = scratch_copy(original)
     with working_copy(converted) as working, quiet_run(working, original):
-        run_or_explain(original, data[0], forward)
         if is_random(original, data[0], forward):
             warn_of_noise(original, "reconstructed")
             return ()

@@ -115,10 +115,14 @@ def first_convolution(model: nn.Module) -> Iterator[list[int]]:
 
 
 def is_random(model: nn.Module, batch: Batch, forward: Forward | None = None) -> bool:
-    """Whether a model draws random numbers on a batch; run as it is, the random state put back."""
+    """Whether a model draws random numbers on a batch; run as it is, the random state put back.
+
+    Raises:
+        ValueError: the model does not run on the batch; names the module that failed and what reached it.
+    """
     before = RandomState.now()
     try:
-        (forward or call)(model, batch)
+        run_or_explain(model, batch, forward)
         return RandomState.now() != before
     finally:
         before.restore()

@@ -23,7 +23,7 @@ from convsplit.lowrank import CP
 from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import plain_arithmetic
 from convsplit.model.pairs import check_order
-from convsplit.model.running import Forward, is_random, quiet_run, run_or_explain, warn_of_noise
+from convsplit.model.running import Forward, is_random, quiet_run, warn_of_noise
 from convsplit.model.sharing import holders
 from convsplit.progress import track, warn
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
@@ -129,7 +129,6 @@ def refit(
     original = scratch_copy(original)
     modules = dict(original.named_modules())
     with working_copy(converted) as converted, quiet_run(converted, original):
-        run_or_explain(original, data[0], forward)
         if is_random(original, data[0], forward):
             warn_of_noise(original, "repaired")
             return ()

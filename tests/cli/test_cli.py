@@ -50,7 +50,7 @@ def net(**arguments: object) -> nn.Module:
 
 def test_plan_prints_and_writes(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", *NET, "--budget", "params=0.5", "--input", "1x3x9x9", "--out", "plan.json"]) == 0
-    assert "MACs of the splittable" in capsys.readouterr().out
+    assert "MACs per input of the splittable" in capsys.readouterr().out
     made = convsplit.make_plan(
         net(), torch.randn(1, 3, 9, 9), budget=convsplit.Budget(params=0.5), forms=["dw-pw", "pw-dw"]
     )

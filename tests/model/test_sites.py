@@ -186,13 +186,13 @@ def test_a_failure_in_the_middle_changes_nothing(
     elif where == "copying":
         monkeypatch.setattr(rewrite, "_hand_over", fail_at_the_second)
     elif where == "factorising":
-        original = SeparableConv2d.initialise_from
+        original = SeparableConv2d.load_factors
 
-        def initialise(layer: SeparableConv2d, *args: Any, **kwargs: Any) -> SeparableConv2d:
+        def load(layer: SeparableConv2d, *args: Any) -> None:
             fail_at_the_second()
-            return original(layer, *args, **kwargs)
+            original(layer, *args)
 
-        monkeypatch.setattr(SeparableConv2d, "initialise_from", initialise)
+        monkeypatch.setattr(SeparableConv2d, "load_factors", load)
     else:
         monkeypatch.setattr(SeparableConv2d, "empty_like", fail_at_the_second)
         uses = 1

@@ -201,7 +201,7 @@ def stops_of(model: nn.Module, batches: list, names: list[str], *, limit: float 
 
 def walking() -> int:
     """How many forward passes are under way in threads of their own."""
-    return threading.active_count() - 1
+    return sum(thread.name.startswith("convsplit") for thread in threading.enumerate())
 
 
 class Branches(nn.Module):
@@ -263,7 +263,7 @@ def test_an_interrupted_repair_leaves_whole_layers(monkeypatch):
         def interrupted(self, bias, store=kind.store):
             if len(stored) == 2:
                 raise KeyboardInterrupt
-            stored.append(self.layer)
+            stored.append(self.layer.depthwise)  # the stages are the model's own, the layer is that of a copy
             store(self, bias)
 
         monkeypatch.setattr(kind, "store", interrupted)
@@ -271,7 +271,7 @@ def test_an_interrupted_repair_leaves_whole_layers(monkeypatch):
         convsplit.refit(converted, model, list(images(64).split(16)), dense=False)
     for name, layer in converted.named_modules():
         if isinstance(layer, SeparableConv2d):
-            same_as = twin if layer in stored else before
+            same_as = twin if layer.depthwise in stored else before
             assert torch.equal(layer.weight, same_as.get_submodule(name).weight)
     assert len(stored) == 2
     assert walking() == 0
@@ -403,18 +403,20 @@ def list_of_values(stops) -> list:
 
 
 def test_what_follows_a_layer_makes_the_better_target():
-    torch.manual_seed(0)
-    model = Tails().eval()
-    for norm in (model.norm, model.other_norm):
-        norm.running_mean.normal_(), norm.weight.data.uniform_(0.5, 2), norm.bias.data.normal_()
-    converted = convsplit.convert(model, budget=Budget(params=0.4))
-    drifts = {}
-    for target in ("layer", "activation"):
-        twin = copy.deepcopy(converted)
-        repaired = convsplit.refit(twin, model, list(images(128).split(32)), target=target)
-        drifts[target] = drift(model, twin, images(64, seed=1))
-        assert {"down"} < {layer.name for layer in repaired}
-    assert drifts["activation"] < 0.95 * drifts["layer"] < drift(model, converted, images(64, seed=1))
+    drifts = {"none": 0.0, "layer": 0.0, "activation": 0.0}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Tails().eval()
+        for norm in (model.norm, model.other_norm):
+            norm.running_mean.normal_(), norm.weight.data.uniform_(0.5, 2), norm.bias.data.normal_()
+        converted = convsplit.convert(model, budget=Budget(params=0.4))
+        drifts["none"] += drift(model, converted, images(64, seed=1))
+        for target in ("layer", "activation"):
+            twin = copy.deepcopy(converted)
+            repaired = convsplit.refit(twin, model, list(images(128).split(32)), target=target)
+            drifts[target] += drift(model, twin, images(64, seed=1))
+            assert {"down"} < {layer.name for layer in repaired}
+    assert drifts["activation"] < 0.95 * drifts["layer"] < drifts["none"]
 
 
 def test_dense_layers_make_good_what_was_lost_before_them():
@@ -600,7 +602,7 @@ def test_repair_in_one_pass(monkeypatch):
     for name, each in (("original", model), ("converted", converted)):
         each.stem.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     convsplit.refit(converted, model, list(images(64).split(8)), target="layer")
-    assert calls == {"original": 8 + 1, "converted": 8}
+    assert calls == {"original": 8 + 2, "converted": 8}
 
 
 class Bottleneck(nn.Module):
