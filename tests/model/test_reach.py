@@ -49,13 +49,31 @@ def test_layers_that_run_less_often_are_named(kind: type[nn.Sequential], missed:
     assert not any("forward" in vars(module) for each in (model, converted) for module in each.modules())
 
 
-def test_a_forward_that_holds_on_to_the_original() -> None:
+HELD: dict[str, nn.Module] = {}
+
+
+def test_a_forward_that_closes_over_a_layer_runs_the_split_one() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3))
     first = model[0]
     model.forward = lambda x: first(x)  # type: ignore[method-assign]
+    assert unused_layers(model, convsplit.convert(model), torch.zeros(1, 8, 6, 6)) == {}
+
+
+def test_a_forward_that_holds_on_to_the_original() -> None:
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3)), torch.zeros(1, 8, 6, 6)
+    HELD["first"] = model[0]
+    model.forward = lambda x: HELD["first"](x)  # type: ignore[method-assign]
+    with pytest.warns(convsplit.ConversionWarning, match=r"run less often .*: 0 \(0 of 1 calls\)"):
+        converted = convsplit.convert(model, x)
+    assert unused_layers(model, converted, x) == {"0": (1, 0)}
+
+
+def test_a_hook_that_closes_over_the_original_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    first = model[0]
+    model.register_forward_hook(lambda module, args, output: first(args[0]))
     with pytest.warns(convsplit.ConversionWarning, match="hold on to parts of the original"):
-        converted = convsplit.convert(model)
-    assert unused_layers(model, converted, torch.zeros(1, 8, 6, 6)) == {"0": (1, 0)}
+        convsplit.convert(model)
 
 
 def test_layers_are_put_in_where_a_model_copies_itself() -> None:
