@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convsplit.data.moments import Marginals, whitened
 from convsplit.forms import CP, Factors, form_named, grouped
 from convsplit.layers.separable import SeparableConv2d
+from convsplit.lowrank import ends_early
 from convsplit.precision import widened
 
 
@@ -25,7 +26,9 @@ def initialise_each(
 ) -> None:
     """Fill layers of one form and kernel shape with factors of the weights of `convs`, and copy the biases.
 
-    `fits` of each come from its error curve, in the metric of its `marginals`: CP starts there.
+    `fits` of each come from its error curve, in the metric of its `marginals`. CP starts there in that metric, and
+    where it has few sweeps. Small kernels without a metric converge from singular vectors too: the errors are as small,
+    but outputs of a trained network drift less (benchmarks/results/accuracy.md).
 
     Raises:
         ValueError: a weight holds NaN or infinite values.
@@ -40,8 +43,12 @@ def initialise_each(
         if known is not None:
             kernel = whitened(kernel, *known.roots(mix_channels=form.expands)).to(kernel.dtype)
         kernels.append(kernel)
+    starts = [
+        own if known is not None or ends_early(kernel.shape, layer.components // layer.groups) else ()
+        for own, known, kernel, layer in zip(fits, marginals, kernels, layers, strict=True)
+    ]
     found = form.factorise_each(
-        kernels, [layer.components for layer in layers], even=[layer.even for layer in layers], seed=seed, fits=fits
+        kernels, [layer.components for layer in layers], even=[layer.even for layer in layers], seed=seed, fits=starts
     )
     for layer, conv, factors, known in zip(layers, convs, found, marginals, strict=True):
         layer.load_factors(factors if known is None else unwhitened(factors, known, mix_channels=form.expands))

@@ -14,6 +14,7 @@ import tensorly as tl
 
 from convsplit.lowrank.canonical import cp as cp
 from convsplit.lowrank.canonical import cp_each as cp_each
+from convsplit.lowrank.canonical import ends_early as ends_early
 from convsplit.lowrank.curve import Curve as Curve
 from convsplit.lowrank.curve import cp_curve as cp_curve
 from convsplit.lowrank.curve import cp_curves as cp_curves

@@ -95,6 +95,11 @@ def cp_each(
     return cast(list[CP], fits)
 
 
+def ends_early(shape: torch.Size, rank: int) -> bool:
+    """Whether `cp` of a kernel [G,O,I,K] is too expensive for all the sweeps it might want."""
+    return affordable(shape, rank, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS) < MAX_SWEEPS
+
+
 @dataclass(frozen=True)
 class _Problem:
     """What is fitted: W / norm, so that every group weighs the same in stopping and conditioning; and its starts."""
