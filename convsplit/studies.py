@@ -10,15 +10,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from convsplit.choose.allocation import allocate
+from convsplit.choose.allocation import Allocation, allocate
 from convsplit.choose.budget import Budget
-from convsplit.choose.options import Menu, Option, check_rank, closest_split, dense_option, exact_menus, find_menus
+from convsplit.choose.options import (
+    Menu,
+    Option,
+    check_rank,
+    closest_split,
+    dense_option,
+    exact_menus,
+    find_menus,
+    unless_measured,
+)
 from convsplit.choose.plan import Conditions, Plan, planned_layers
 from convsplit.data.batches import checked_batches
 from convsplit.data.moments import Marginals, measure_marginals
@@ -201,7 +211,11 @@ class Study(Tabular, Generic[M]):
             menus = self._menus(rank, exact)
             if timed:
                 return self._timed(menus, budget, prefer, stopwatch or self.stopwatch)
-            return self._plan(menus, self._choose(menus, budget), budget)
+            sites = self.sites if exact else [unless_measured(site) for site in self.sites]
+            allowed = {site.name for site in sites if site.splittable}
+            menus = [menu for menu in menus if menu.site.name in allowed]
+            found = self._choose(menus, budget)
+            return replace(self._plan(menus, found.options, budget, sites=sites), gap=found.gap)
 
     def timed_plan(self, budget: Budget, *, prefer: str = "accuracy", stopwatch: Stopwatch | None = None) -> Plan:
         """The plan for a budget of any kind, with the milliseconds that everything in it takes."""
@@ -224,9 +238,11 @@ class Study(Tabular, Generic[M]):
     def apply(self, plan: Plan) -> M:
         """Convert as a plan says, perhaps an edited one, and repair where there are calibration data."""
         self._check_unchanged()
-        converted = apply_plan(self.model, plan, progress=self.progress, fits=self._fits(), marginals=self.marginals)
+        exact = all(layer.option is not None and layer.option.error == 0 for layer in plan.split)
+        metric = None if exact else self.marginals
+        converted = apply_plan(self.model, plan, progress=self.progress, fits=self._fits(), marginals=metric)
         self._check_reached(converted)
-        if self.batches is not None and any(layer.option is None or layer.option.error != 0 for layer in plan.split):
+        if self.batches is not None and not exact:
             refit(converted, self.model, self.batches, forward=self.forward, seed=self.seed, progress=self.progress)
         return converted
 
@@ -340,9 +356,9 @@ class Study(Tabular, Generic[M]):
         """Those behind the menus, if there are menus yet: for an exact plan or one from a file they are not needed."""
         return {menu.site.name: menu.fits for menu in self.__dict__.get("menus", ())}
 
-    def _choose(self, menus: Sequence[Menu], budget: Budget | None) -> list[Option]:
+    def _choose(self, menus: Sequence[Menu], budget: Budget | None) -> Allocation:
         if budget is None:
-            return [closest_split(menu) for menu in menus]
+            return Allocation([closest_split(menu) for menu in menus])
         return allocate(menus, budget, model_params=self.params, model_macs=self.macs)
 
     def _timed(self, menus: Sequence[Menu], budget: Budget | None, prefer: str, stopwatch: Stopwatch) -> Plan:
@@ -359,8 +375,9 @@ class Study(Tabular, Generic[M]):
         budget: Budget | None,
         model_milliseconds: tuple[float, float] | None = None,
         conditions: Conditions | None = None,
+        sites: Sequence[Site] | None = None,
     ) -> Plan:
-        layers = planned_layers(self.sites, menus, chosen, observed=self.trace.calls is not None)
+        layers = planned_layers(sites or self.sites, menus, chosen, observed=self.trace.calls is not None)
         return Plan(layers, self.params, self.macs, budget, self.seed, model_milliseconds, conditions)
 
     def _check_unchanged(self) -> None:

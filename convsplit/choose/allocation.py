@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from convsplit.choose.budget import Budget
 from convsplit.choose.knapsack import best_choice
@@ -20,6 +21,14 @@ POWER = 4
 Cost = Callable[[Option], float]
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """One option per menu. No other choice has a loss smaller than theirs by more than the fraction `gap`."""
+
+    options: list[Option]
+    gap: float = 0.0
+
+
 def allocate(
     menus: Sequence[Menu],
     budget: Budget,
@@ -27,7 +36,7 @@ def allocate(
     model_params: int = 0,
     model_macs: int | None = None,
     model_milliseconds: float | None = None,
-) -> list[Option]:
+) -> Allocation:
     """The best option of each menu under the budget.
 
     For budgets of params, macs and latency: minimises the sum of error ** 4 subject to the sum of costs being at most
@@ -37,8 +46,10 @@ def allocate(
     Raises:
         ValueError: the budget cannot be met (names the smallest that can), or needs MACs that are not known.
     """
+    if not menus:
+        return Allocation([])
     if budget.kind == "error":
-        return [_cheapest_within(menu, budget.fraction) for menu in menus]
+        return Allocation([_cheapest_within(menu, budget.fraction) for menu in menus])
     cost = _cost_of(menus, budget)
     splittable = sum(cost(menu.dense) for menu in menus)
     whole = splittable
@@ -52,8 +63,8 @@ def allocate(
         raise ValueError(f"{budget!r} cannot be met: the smallest that can is {budget.kind}={smallest:.4f}")
     costs = [[cost(option) for option in options] for options in choices]
     losses = [[_error(option) ** POWER for option in options] for options in choices]
-    taken = best_choice(costs, losses, allowed).items
-    return [options[item] for options, item in zip(choices, taken, strict=True)]
+    taken, gap = best_choice(costs, losses, allowed)
+    return Allocation([options[item] for options, item in zip(choices, taken, strict=True)], gap)
 
 
 def _cheapest_within(menu: Menu, error: float) -> Option:

@@ -174,7 +174,7 @@ def _weight(site: Site) -> Tensor:
 
 def _saving(site: Site, options: Sequence[Option]) -> list[Option]:
     dense = dense_option(site)
-    return [option for option in options if _costs_less(option, dense)]
+    return [option for option in options if _costs_less(site, option, dense)]
 
 
 def _in_metric(kernel: Tensor, form: Form, marginals: Marginals | None) -> Tensor:
@@ -200,9 +200,31 @@ def _macs(site: Site, structure: Structure | None) -> int | None:
     return macs_per_input(calls, lambda use: structure.macs(spec, use.input_hw, use.output_hw))
 
 
-def _costs_less(option: Option, dense: Option) -> bool:
-    fewer_macs = option.macs is None or dense.macs is None or option.macs < dense.macs
+def _costs_less(site: Site, option: Option, dense: Option) -> bool:
+    """Fewer parameters and fewer MACs; where no inputs tell the shapes, for one position of the output.
+
+    A first pointwise stage runs at the input's size, stride x stride times for each position of the output.
+    """
+    spec, structure = site.spec, option.structure
+    assert spec is not None
+    assert structure is not None
+    if option.macs is None or dense.macs is None:
+        fewer_macs = structure.macs(spec, spec.stride, (1, 1)) < spec.macs((1, 1))
+    else:
+        fewer_macs = option.macs < dense.macs
     return option.params < dense.params and fewer_macs
+
+
+def unless_measured(site: Site) -> Site:
+    """The site, left alone if it is a patch embedding: a kernel no larger than its stride.
+
+    Each input is read once there, and once more by every further stage, so fewer MACs may take many times as long: only
+    measured time can recommend it.
+    """
+    spec = site.spec
+    if spec is None or not site.splittable or any(s < k for s, k in zip(spec.stride, spec.kernel_size, strict=True)):
+        return site
+    return replace(site, reason='a patch embedding (stride >= kernel): split with prefer="speed", where it is faster')
 
 
 def _grid(form: Form, spec: ConvSpec) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convsplit.choose.budget import Budget
+from convsplit.choose.knapsack import GAP
 from convsplit.choose.options import Menu, Option
 from convsplit.model.sites import Site
 from convsplit.spec import ConvSpec
@@ -23,6 +24,7 @@ from convsplit.tables import (
     Tabular,
     count,
     milliseconds,
+    percent,
     ratio,
     share,
     times_faster,
@@ -91,7 +93,8 @@ class Plan(Tabular):
 
     `model_params` and `model_macs` count the whole model; `budget` and `seed` say how the plan came about.
     `model_milliseconds` are those of the whole model before and after, measured under `conditions`; both are None
-    where no time was measured.
+    where no time was measured. No other choice under the budget has a predicted loss smaller by more than the fraction
+    `gap`.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -101,6 +104,7 @@ class Plan(Tabular):
     seed: int = 0
     model_milliseconds: tuple[float, float] | None = None
     conditions: Conditions | None = None
+    gap: float = 0.0
 
     @property
     def split(self) -> tuple[PlannedLayer, ...]:
@@ -196,6 +200,8 @@ class Plan(Tabular):
             )
         if self.conditions is not None:
             lines.append(f"milliseconds of the splittable convolutions {self._times()}, {self.conditions}")
+        if self.gap > GAP:
+            lines.append(f"another choice may have a predicted loss smaller by {percent(self.gap)} at most")
         lines.append(f"largest predicted relative weight error of a layer: {share(t['largest_error'])}")
         return "\n".join(lines)
 
@@ -223,6 +229,7 @@ class Plan(Tabular):
             "seed": self.seed,
             "model_milliseconds": self.model_milliseconds,
             "conditions": asdict(self.conditions) if self.conditions else None,
+            "gap": self.gap,
             "layers": [
                 {
                     "name": layer.name,
@@ -254,6 +261,7 @@ class Plan(Tabular):
                 layers, int(data["model_params"]), data["model_macs"], budget, int(data["seed"]),
                 None if times is None else (float(times[0]), float(times[1])),
                 None if found is None else Conditions(**found),
+                float(data.get("gap", 0.0)),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a plan of convsplit: {type(error).__name__}: {error}") from error

@@ -115,7 +115,7 @@ def _choose(
         return [closest_split(menu) for menu in menus]
     return allocate(
         menus, budget, model_params=model_params, model_macs=model_macs, model_milliseconds=model_milliseconds
-    )
+    ).options
 
 
 def _measured(

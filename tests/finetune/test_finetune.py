@@ -301,7 +301,9 @@ def test_the_penalty_pulls_at_the_merged_kernel():
 def test_an_optimizer_of_the_original_is_recognised():
     model, converted = converted_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"before conversion\?.*torch.optim.SGD\(convsplit.finetune.parameter_groups"):
+    with pytest.raises(
+        ValueError, match=r"before conversion\?.*torch.optim.SGD\(convsplit.finetune.parameter_groups"
+    ):
         convsplit.finetune.check_optimizer(optimizer, converted)
     convsplit.finetune.check_optimizer(torch.optim.SGD(converted.parameters(), lr=0.1), converted)
 

@@ -25,12 +25,6 @@ def case(request: pytest.FixtureRequest) -> Awkward:
     return request.param
 
 
-
-
-
-
-
-
 def convert(case: Awkward, model: nn.Module, inputs: Any = None) -> nn.Module:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", convsplit.ConversionWarning)
