@@ -12,6 +12,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 import convsplit
 from convsplit import Budget
-from convsplit.choose.plan import Plan
 from convsplit.tables import Table
+
+if TYPE_CHECKING:  # it lies elsewhere in earlier versions, which this is run with to compare
+    from convsplit.choose.plan import Plan
 
 Way = Callable[[nn.Module, Tensor, list[Tensor], float, int], nn.Module]
 
