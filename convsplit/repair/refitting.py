@@ -15,7 +15,7 @@ from convsplit.data.batches import checked_batches
 from convsplit.data.processes import reduced_numbers
 from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import Tail
-from convsplit.data.walk import walk
+from convsplit.data.walk import Stop, walk
 from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
 from convsplit.layers.separable import SeparableConv2d
@@ -120,14 +120,13 @@ def refit(
     check_order(converted, original, "refit(converted, original, batches)")
     data = checked_batches(batches)
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
+    original = scratch_copy(original)
     modules = dict(original.named_modules())
     for name in layers:
         if name not in modules:
             raise ValueError(f"converted has a split layer {name!r}, original has no such module: not its conversion")
     others = _dense_layers(converted, modules) if dense else []
     repaired: list[Repaired] = []
-    original = scratch_copy(original)
-    modules = dict(original.named_modules())
     with working_copy(converted) as converted, quiet_run(converted, original):
         if is_random(original, data[0], forward):
             warn_of_noise(original, "repaired")
@@ -137,22 +136,24 @@ def refit(
         with closing(stops):
             for stop in track(stops, "Refitting", total=len(layers) + len(others), progress=progress):
                 if _is_over(began, seconds):
-                    text = (
-                        f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were"
-                    )
-                    warn(text)
+                    warn(f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were")
                     break
                 layer = converted.get_submodule(stop.name)
                 assert isinstance(layer, SeparableConv2d | nn.Conv2d)
                 fit = fit_of(layer, _kernel(modules[stop.name]), stages, seed, (starts or {}).get(stop.name, ()))
-                samples = fit.take(stop)
-                if not samples.batches:
-                    text = f"{stop.name}: no batch leads to inputs of one shape in both models, so it is not repaired"
-                    warn(text)
-                    continue
-                metric = None if target == "layer" else _metric(layer, metrics.get(stop.name), samples.tail)
-                repaired.append(_repair(stop.name, fit, samples, metric, ridge))
+                done = _repair_at(stop, fit, target, metrics.get(stop.name), ridge)
+                repaired += [] if done is None else [done]
     return tuple(repaired)
+
+
+def _repair_at(stop: Stop, fit: Fit, target: str, F: Tensor | None, ridge: float) -> Repaired | None:
+    """Repair the layer at which the walk stands; None where the batches do not let it be compared."""
+    samples = fit.take(stop)
+    if not samples.batches:
+        warn(f"{stop.name}: no batch leads to inputs of one shape in both models, so it is not repaired")
+        return None
+    metric = None if target == "layer" else _metric(fit.layer, F, samples.tail)
+    return _repair(stop.name, fit, samples, metric, ridge)
 
 
 def _is_over(began: float, seconds: float | None) -> bool:
