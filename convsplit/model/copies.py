@@ -17,11 +17,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsplit.layers.separable import SeparableConv2d
-from convsplit.model.values import tensors_in
 
 
 def scratch_copy(model: nn.Module) -> nn.Module:
@@ -93,9 +92,11 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        for tensor in tensors_in(vars(module)):  # also in the caches of attention layers
-            if not tensor.is_leaf:
-                memo.setdefault(id(tensor), tensor.detach().clone())
+        for value in vars(module).values():
+            held = value.values() if isinstance(value, dict) else (value,)  # a dict: the caches of attention layers
+            for tensor in held:
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo.setdefault(id(tensor), tensor.detach().clone())
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
