@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_map
 from convsplit.data.processes import reduced_numbers
 from convsplit.model.running import Batch, batches_in
 from convsplit.model.values import count_inputs, is_empty, main_tensor, tensors_in
-from convsplit.progress import ConversionWarning, warn
+from convsplit.progress import warn
 
 MOST_INPUTS = 10_000  # read of an iterable that does not tell its length, and may have no end
 
@@ -36,11 +35,9 @@ def batches_of(batches: Any) -> Iterator[Batch]:
     endless, read = length_of(source) is None, 0
     for batch in source:
         if endless and read >= MOST_INPUTS:
-            warnings.warn(
+            warn(
                 f"read {read} inputs of an iterable that does not tell its length, and stopped there: give a list, or "
-                "something that has a length, to use more",
-                ConversionWarning,
-                stacklevel=3,
+                "something that has a length, to use more"
             )
             return
         if not is_empty(batch):
@@ -77,10 +74,8 @@ def checked_batches(batches: Any) -> Checked:
         if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(batch)):
             raise ValueError(f"batch {index} holds NaN: leave it out")
     if all(_is_constant(batch) for batch in data):
-        warnings.warn(
-            "the calibration inputs have no variance (images of one colour?): they tell nothing about what layers see",
-            ConversionWarning,
-            stacklevel=3,
+        warn(
+            "the calibration inputs have no variance (images of one colour?): they tell nothing about what layers see"
         )
     return Checked(
         data if torch.is_inference_mode_enabled() else (tree_map(_outside_inference, each) for each in data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from convsplit.model.hooks import Given, hooked
 from convsplit.model.values import Batch as Batch
 from convsplit.model.values import count_inputs
 from convsplit.model.values import tensors_in as tensors_in
-from convsplit.progress import ConversionWarning
+from convsplit.progress import warn
 from convsplit.spec import Pair, pair
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -130,11 +129,9 @@ def is_random(model: nn.Module, batch: Batch, forward: Forward | None = None) ->
 
 def warn_of_noise(model: nn.Module, what: str) -> None:
     """Say why a model that is random in eval mode is not worked on."""
-    warnings.warn(
+    warn(
         f"{type(model).__name__} draws random numbers in eval mode, so its outputs cannot be compared with those of "
-        f"the converted model: nothing was {what}",
-        ConversionWarning,
-        stacklevel=4,
+        f"the converted model: nothing was {what}"
     )
 
 
