@@ -28,7 +28,7 @@ from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.files import write_whole
 from convsplit.forms import FORMS
 from convsplit.kinds import equivalent
-from convsplit.layers.separable import SeparableConv2d, resolve_rank
+from convsplit.layers.separable import SeparableConv2d
 from convsplit.layers.stages import ChannelIndex
 from convsplit.model.copies import deep_copy
 from convsplit.rewrite import apply_plan
@@ -460,7 +460,9 @@ def _size_problems(layer: StoredLayer, spec: ConvSpec, tensors: Mapping[str, Ten
     elif filters.numel() != layer.components * spec.positions:
         yield f"{name!r} has shape {tuple(filters.shape)}, which is not that of {layer.components} components"
     elif (
-        layer.even and resolve_rank(form, spec, layer.components // form.channels(spec), None)[0] != layer.components
+        layer.even
+        and Structure.of(spec, layer.form, rank=layer.components // form.channels(spec)).components
+        != layer.components
     ):
         yield f"{layer.name!r} has {layer.components} components, more than the {form.exact(spec)} that are exact"
 

@@ -43,7 +43,9 @@ class Structure:
         if components is not None:
             if components < 1 or components % spec.groups:
                 raise ValueError(f"components={components}: want a positive multiple of groups={spec.groups}")
-            return cls(form, components, both_pointwise)
+            # Where each channel is a group of its own, all have equally many in any case.
+            alone = found.channels(spec) == spec.groups and components <= found.exact(spec)
+            return cls(form, components, both_pointwise or alone)
         if rank is None and both_pointwise:
             raise ValueError(f"form {form!r} wants rank=, the number of components per group")
         rank = 1 if rank is None else rank

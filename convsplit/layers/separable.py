@@ -27,6 +27,7 @@ from convsplit.layers.kernel import kernel_of
 from convsplit.layers.stages import ChannelGather, ChannelIndex, ChannelSum, PaddedConv2d
 from convsplit.precision import widened
 from convsplit.spec import ConvSpec, PaddingMode, Pair, padding_around, pair
+from convsplit.structure import Structure
 
 # Ways to run the same stages; neither parameters nor their names depend on it (figures: benchmarks/results/latency.md).
 #   stages    as they are
@@ -99,7 +100,8 @@ class SeparableConv2d(nn.Module):
         )  # fmt: skip
         self.form = form
         self._arrangement = "stages"
-        self.components, self.even = resolve_rank(form_named(form), self._spec, rank, components)
+        structure = Structure.of(self._spec, form, rank=rank, components=components)
+        self.components, self.even = structure.components, structure.even
         for name, stage in self._make_stages(device, dtype).items():
             self.add_module(name, stage)
 
@@ -221,8 +223,8 @@ class SeparableConv2d(nn.Module):
         >>> torch.allclose(exact.weight, conv.weight)
         True
         """
-        R, even = resolve_rank(form_named(form), ConvSpec.of(conv), rank, components)
-        return cls.empty_like(conv, form=form, components=R, even=even).initialise_from(conv, seed=seed)
+        structure = Structure.of(ConvSpec.of(conv), form, rank=rank, components=components)
+        return cls.empty_like(conv, **vars(structure)).initialise_from(conv, seed=seed)
 
     @classmethod
     def empty_like(
@@ -537,25 +539,6 @@ def _is_traced(x: Tensor | fx.Proxy) -> bool:
     """Whether a graph is being recorded, which should not depend on the number of images."""
     recording = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return recording or torch.onnx.is_in_onnx_export() or isinstance(x, fx.Proxy)
-
-
-def resolve_rank(form: Form, spec: ConvSpec, rank: int | None, components: int | None) -> tuple[int, bool]:
-    """Number of components, and whether every channel has equally many, from one of the two arguments."""
-    if rank is not None and components is not None:
-        raise ValueError(f"give rank= or components=, not both (got {rank} and {components})")
-    if components is not None:
-        if components < 1 or components % spec.groups:
-            raise ValueError(f"components={components}: want a positive multiple of groups={spec.groups}")
-        # Where each channel is a group of its own, all have equally many in any case.
-        alone = form.channels(spec) == spec.groups and components <= form.exact(spec)
-        return components, (form.expands and form.projects) or alone
-    if rank is None:
-        if form.expands and form.projects:
-            raise ValueError(f"form {form.name!r} wants rank=, the number of components per group")
-        rank = 1
-    if rank < 1:
-        raise ValueError(f"rank={rank}: the rank is at least 1")
-    return form.components(spec, rank), True
 
 
 def _rank_arguments(form: Form, spec: ConvSpec, components: int, even: bool) -> dict[str, int]:
