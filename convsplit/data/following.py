@@ -8,7 +8,7 @@ then, or computed ahead of its turn from that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ def see_what_follows(model: nn.Module, names: Iterable[str], batch: Batch, forwa
     watch = _Watch(model, set(names))
     with hooked(dict(model.named_modules()), before=watch.enter, after=watch.leave), watch:
         watch.finish(run_or_explain(model, batch, forward))
-    tails = {name: _tail(chain) for name, chain in watch.chains.items() if watch.calls[name] == 1}
+    tails = {name: _tail(chain, watch.again) for name, chain in watch.chains.items() if watch.calls[name] == 1}
     return Following(watch.calls, tails, watch.alive)
 
 
@@ -70,6 +70,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.layers, self.clock = layers, 0
         self.calls: dict[str, int] = {}
+        self.again: dict[str, int] = {}  # when a module was called for the second time
         self.alive: dict[str, int] = {}
         self.chains: dict[str, Chain] = {}
         self.known: Any = WeakTensorKeyDictionary()  # tensor: Name
@@ -84,6 +85,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def enter(self, name: str, given: Given) -> None:
         self.clock += 1
         self.calls[name] = self.calls.get(name, 0) + 1
+        if self.calls[name] == 2:
+            self.again[name] = self.clock
         first = next(iter((*given.args, *given.kwargs.values())), None)
         if isinstance(first, Tensor):
             self._seen(first, Place(name, given=False))
@@ -193,10 +196,10 @@ def _affine(statistics: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Te
     return scale.detach(), ((0 if bias is None else bias) - scale * mean).detach()
 
 
-def _tail(chain: Chain) -> Tail:
+def _tail(chain: Chain, again: Mapping[str, int]) -> Tail:
     found = dict(chain.steps)
     scale, shift = found.get("affine", (None, None))
-    shortcut = None if "add" not in found else resolved(found["add"], chain.reached)
+    shortcut = None if "add" not in found else resolved(found["add"], chain.reached, again)
     if "add" in found and shortcut is None:  # what is added cannot be known in time, so neither what comes behind it
         return Tail(scale, shift)
     return Tail(scale, shift, shortcut, found.get("clamp"))

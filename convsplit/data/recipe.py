@@ -63,18 +63,21 @@ class Name:
     parameter: str = ""
 
 
-def resolved(name: Name, moment: int, depth: int = 0) -> Recipe | None:
-    """How to get at a value by a moment of a run; None where there is no way."""
+def resolved(name: Name, moment: int, again: Mapping[str, int], depth: int = 0) -> Recipe | None:
+    """How to get at a value by a moment of a run; None where there is no way.
+
+    From the moment when a module is called `again`, something else is to be had at its places.
+    """
     if name.parameter:
         return Recipe(parameter=name.parameter)
     for place, start, end in name.places:
-        if start <= moment < end:
+        if start <= moment < min(end, again.get(place.module, end)):
             return Recipe(place)
     if name.made is None or depth == DEEPEST:
         return None
     function, arguments = name.made
     names = {id(each): each for each in tree_leaves(arguments) if isinstance(each, Name)}
-    recipes = {key: resolved(each, moment, depth + 1) for key, each in names.items()}
+    recipes = {key: resolved(each, moment, again, depth + 1) for key, each in names.items()}
     if None in recipes.values():
         return None
     return Recipe(function=function, arguments=tree_map(lambda each: recipes.get(id(each), each), arguments))

@@ -371,7 +371,21 @@ def test_tails_end_where_somebody_else_reads_the_value():
     assert found["late"][1:] == ("late", float("inf"))
 
 
-@pytest.mark.parametrize("cls", ["Awkward", "Bottleneck", "Tails", "SmallNet"])
+class Again(nn.Module):
+    """A shortcut that comes from a module which is called once more, on other shapes, before it is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.next, self.other = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.mix, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU6()
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        y = self.act(self.mix(self.next(x)))
+        return torch.relu(self.other(y[:, :3]) + x)
+
+
+@pytest.mark.parametrize("cls", ["Awkward", "Bottleneck", "Tails", "SmallNet", "Again"])
 def test_shortcuts_are_what_will_be_added(cls, monkeypatch):
     """Taken before the layer answers, they give what the model then rectifies."""
     torch.manual_seed(0)
@@ -417,7 +431,7 @@ def test_what_follows_a_layer_makes_the_better_target():
             repaired = convsplit.refit(twin, model, data, target=target)
             drifts[target] += drift(model, twin, images(64, seed=1))
             assert {"down"} < {layer.name for layer in repaired}
-    assert drifts["activation"] < 0.95 * drifts["layer"] < drifts["none"]
+    assert drifts["activation"] < 0.99 * drifts["layer"] < 0.5 * drifts["none"]  # about 0.92 and 0.1
 
 
 def test_dense_layers_make_good_what_was_lost_before_them():
