@@ -717,6 +717,7 @@ class Caches(Calls):
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = self.conv(x)
+        self.pyramids = [{"levels": (self.last, self.last.mean())}]  # as RAFT keeps its correlations
         return self.last
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from convsplit.layers.separable import SeparableConv2d
 
@@ -86,19 +87,14 @@ def _refuse_writing_eval(model: nn.Module) -> None:
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy` with an error that says what a model must allow.
 
-    Tensors that modules keep as plain attributes and that hang on to a graph, which deepcopy refuses (weight_norm
-    leaves such a `weight` behind), are detached in the copy. A `forward` set on a module, which deepcopy would hand on
-    with the original inside, runs the copy; compiled ones run uncompiled.
+    Tensors that modules keep and that hang on to a graph, which deepcopy refuses (weight_norm leaves such a `weight`
+    behind, attention layers such caches), are detached in the copy. A `forward` set on a module, which deepcopy would
+    hand on with the original inside, runs the copy; compiled ones run uncompiled.
     """
     memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in vars(module).values():
-            held = value.values() if isinstance(value, dict) else (value,)  # a dict: the caches of attention layers
-            for tensor in held:
-                if isinstance(tensor, Tensor) and not tensor.is_leaf:
-                    memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        copied = copy.deepcopy(model, memo)
+        with _Detaching():
+            copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); convsplit never "
@@ -109,6 +105,17 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         if isinstance(new, nn.Module) and new is not module and "forward" in vars(new):
             new.__dict__["forward"] = _rebound(vars(new)["forward"], memo)
     return copied
+
+
+class _Detaching(TorchFunctionMode):
+    """Whatever tensor comes to be copied, in whatever container, is taken out of its graph first."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            args = (args[0].detach(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:
