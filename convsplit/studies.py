@@ -148,7 +148,8 @@ class Study(Tabular, Generic[M]):
             example_inputs = self.batches[0]
         self.example_inputs = example_inputs
         self.trace: Trace = trace(model, example_inputs, forward)
-        self.sites: list[Site] = find_sites(model, self.trace, skip=skip, bake=bake)
+        with same_globals(), plain_arithmetic():  # users' own functions look at layers and say what they equal
+            self.sites: list[Site] = find_sites(model, self.trace, skip=skip, bake=bake)
         self.stopwatch = Stopwatch()
         self._versions = _versions(model)
 
