@@ -108,7 +108,7 @@ def test_conversion_keeps_or_explains(drawn: tuple[nn.Conv2d, Tensor]) -> None:
         warnings.simplefilter("ignore", convsplit.ConversionWarning)
         plan = convsplit.make_plan(conv, x, exact=True)
     (layer,) = plan.layers
-    pointwise, depthwise = conv.kernel_size == (1, 1), conv.groups == conv.in_channels
+    pointwise, depthwise = conv.kernel_size == (1, 1), 1 < conv.groups == conv.in_channels == conv.out_channels
     assert layer.split == (not pointwise and not depthwise)
     assert layer.split or layer.reason
     converted = convsplit.apply_plan(conv, plan)
