@@ -23,7 +23,8 @@ class Awkward:
     """`split` names the layers that must be split, `left` the others, each with a part of its reason.
 
     `warns` is a part of the warning that converting gives. `pickles` and `jits` are false where the model itself
-    does not allow pickling or `torch.jit.trace`. `tolerance` is relative, at full rank.
+    does not allow pickling or `torch.jit.trace`, `repairs` where a copy of it cannot have its weights. `tolerance` is
+    relative, at full rank.
     """
 
     build: Callable[[], tuple[nn.Module, Any]]
@@ -33,6 +34,7 @@ class Awkward:
     warns: str = ""
     pickles: bool = True
     jits: bool = True
+    repairs: bool = True
     tolerance: float = 1e-9
 
 
@@ -414,7 +416,7 @@ def fake_quantised() -> Any:
 
 
 @awkward("1", left={"0": "ScriptModule"}, pickles=False)
-def scripted_part() -> Any:
+def scripted_convolution() -> Any:
     scripted = torch.jit.script(settled(nn.Conv2d(4, 4, 3)))
     return settled(nn.Sequential(scripted, nn.Conv2d(4, 4, 3))), images(2, 4, 9, 9)
 
@@ -729,6 +731,60 @@ def cached_output_with_its_graph() -> Any:
     return model, x
 
 
+class PartOfAnotherKind(Calls):
+    """What torch made of a part of the model (a script, an exported program, quantised layers) beside convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.conv(x))
+
+
+def part() -> nn.Module:
+    return settled(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+
+
+@awkward("conv", left={"part.0": "its code is compiled"}, pickles=False)
+def scripted_part() -> Any:
+    return settled(PartOfAnotherKind(conv=nn.Conv2d(4, 6, 3), part=torch.jit.script(part()))), images(2, 4, 9, 9)
+
+
+@awkward("conv", left={"part.0": "its code is compiled"}, pickles=False)
+def traced_part() -> Any:
+    traced = torch.jit.trace(part(), images(2, 6, 7, 7))
+    return settled(PartOfAnotherKind(conv=nn.Conv2d(4, 6, 3), part=traced)), images(2, 4, 9, 9)
+
+
+@awkward("conv", left={"conv2d_default": "F.conv2d"}, pickles=False)
+def exported_part() -> Any:
+    exported = torch.export.export(part(), (images(2, 6, 7, 7),)).module()
+    return PartOfAnotherKind(conv=nn.Conv2d(4, 6, 3).double().eval(), part=exported), images(2, 4, 9, 9)
+
+
+@awkward("0", tolerance=1e-4)
+def quantised_head() -> Any:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 5)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    return quantised, torch.randn(2, 3, 9, 9)
+
+
+class CompiledMethod(Calls):
+    """A block of the forward pass was compiled by itself: the compiled function holds on to the model."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__(**children)
+        self.compiled = torch.compile(self.block, backend="eager")
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.compiled(x))
+
+
+@awkward("conv", "last", pickles=False, jits=False)
+def compiled_method() -> Any:
+    return settled(CompiledMethod(conv=nn.Conv2d(4, 6, 3), last=nn.Conv2d(6, 4, 3))), images(2, 4, 9, 9)
+
+
 class Structured(Calls):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         features = self.conv(batch["image"])
@@ -762,7 +818,7 @@ class CopiesItselfWithoutMemo(CopiesItself):
         return CopiesItselfWithoutMemo(**children).train(self.training)
 
 
-@awkward("conv", "again.0")
+@awkward("conv", "again.0", repairs=False)
 def deepcopy_of_its_own_without_memo() -> Any:
     model = CopiesItselfWithoutMemo(conv=nn.Conv2d(4, 4, 3), again=nn.Sequential(nn.Conv2d(4, 4, 3)))
     return settled(model), images(2, 4, 6, 6)

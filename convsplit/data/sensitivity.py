@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from convsplit.data.processes import all_reduced_each
 from convsplit.model.copies import scratch_copy
@@ -46,7 +47,7 @@ def measure_sensitivity(
     # weights only have to make the outputs part of the graph. Detached: the user's flags and graphs are left alone.
     for module in copied.modules():
         for key, parameter in list(module._parameters.items()):
-            if parameter is not None:
+            if parameter is not None and not is_lazy(parameter):
                 wanted, values = parameter.is_floating_point(), parameter.detach()
                 values = values.clone() if values.is_inference() else values  # those cannot be part of a graph
                 module._parameters[key] = nn.Parameter(values, requires_grad=wanted)

@@ -40,7 +40,8 @@ def working_copy(model: nn.Module) -> Iterator[nn.Module]:
     """A deep copy that holds the model's own parameters, stages of split layers and statistics of batch norms.
 
     What these learn while inside, the model has learnt; attributes, counters and caches are the copy's, and so are the
-    modes. A bias that a split layer gets while inside, it gets in the model.
+    modes. A bias that a split layer gets while inside, it gets in the model. Scripted parts, whose copies have weights
+    of their own, are the model's.
 
     Raises:
         TypeError: the model cannot be deep-copied, or its copy has weights of its own.
@@ -49,6 +50,7 @@ def working_copy(model: nn.Module) -> Iterator[nn.Module]:
     _refuse_writing_eval(model)
     split = [layer for layer in model.modules() if isinstance(layer, SeparableConv2d)]
     own: list[Any] = [*model.parameters(), *(stage for layer in split for stage in layer.stages.values())]
+    own += [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
     own += [buffer for norm in model.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()]
     copied = deep_copy(model, {id(part): part for part in own})
     if {id(p) for p in copied.parameters()} != {id(p) for p in model.parameters()}:
@@ -88,8 +90,9 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     """`copy.deepcopy` with an error that says what a model must allow.
 
     Tensors that modules keep and that hang on to a graph, which deepcopy refuses (weight_norm leaves such a `weight`
-    behind, attention layers such caches), are detached in the copy. A `forward` set on a module, which deepcopy would
-    hand on with the original inside, runs the copy; compiled ones run uncompiled.
+    behind, attention layers such caches), are detached in the copy. Functions set on a module (a `forward` of its own,
+    a compiled method), which deepcopy would hand on with the original inside, run the copy; compiled ones run
+    uncompiled.
     """
     memo = {} if memo is None else memo
     try:
@@ -102,8 +105,11 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         ) from error
     for module in model.modules():
         new = memo.get(id(module))
-        if isinstance(new, nn.Module) and new is not module and "forward" in vars(new):
-            new.__dict__["forward"] = _rebound(vars(new)["forward"], memo)
+        if not isinstance(new, nn.Module) or new is module:
+            continue
+        for name, value in vars(new).items():
+            if name == "forward" or isinstance(value, types.FunctionType):
+                new.__dict__[name] = _rebound(value, memo)
     return copied
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
 from convsplit.model.values import tensors_in
 
@@ -37,6 +38,9 @@ def hooked(
     """Call `before(name, given)` and `after(name, given, output)` around every call of the modules, while inside.
 
     What `after` returns replaces the output, unless it is None. Scripted modules take no such hooks, and are left out.
+
+    Raises:
+        TypeError: a module is called inside torch.vmap, where nothing can be told of the values.
     """
 
     def entering(name: str) -> Callable[..., None]:
@@ -48,6 +52,11 @@ def hooked(
 
     def leaving(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if after is not None and any(map(is_batchedtensor, tensors_in((args, kwargs)))):
+                raise TypeError(
+                    f"{name} is called inside torch.vmap, where its inputs cannot be looked at: give forward= that "
+                    "calls the model without it"
+                )
             return None if after is None else after(name, Given(args, kwargs), output)
 
         return hook

@@ -100,7 +100,8 @@ def refit(
         for each repaired layer, the relative squared error of what the model passes on, before and after.
 
     Raises:
-        ValueError: no batches, NaN or infinite values in a batch or inside the model, an unknown `stages` or `target`.
+        ValueError: no batches, NaN or infinite values in a batch or inside the model, an unknown `stages` or `target`,
+            an original that `converted` cannot come from.
 
     Source: sequential least squares and the treatment of ReLU as in Zhang et al., "Accelerating very deep convolutional
     networks", 2016 (1505.06798, sections 3.2 and 3.3); the metric of the inputs' second moments as in Denton et al.,
@@ -125,7 +126,8 @@ def refit(
     for name in layers:
         if name not in modules:
             raise ValueError(f"converted has a split layer {name!r}, original has no such module: not its conversion")
-    others = _dense_layers(converted, modules) if dense else []
+    kernels = {name: _kernel(name, modules[name]) for name in layers}  # now: later there are hooks on the modules
+    others = _dense_layers(converted, modules) if dense else {}
     repaired: list[Repaired] = []
     with working_copy(converted) as converted, quiet_run(converted, original):
         if is_random(original, data[0], forward):
@@ -140,7 +142,8 @@ def refit(
                     break
                 layer = converted.get_submodule(stop.name)
                 assert isinstance(layer, SeparableConv2d | nn.Conv2d)
-                fit = fit_of(layer, _kernel(modules[stop.name]), stages, seed, (starts or {}).get(stop.name, ()))
+                kernel = kernels[stop.name] if stop.name in kernels else others[stop.name]
+                fit = fit_of(layer, kernel, stages, seed, (starts or {}).get(stop.name, ()))
                 done = _repair_at(stop, fit, target, metrics.get(stop.name), ridge)
                 repaired += [] if done is None else [done]
     return tuple(repaired)
@@ -212,25 +215,29 @@ def _metric(layer: nn.Module, F: Tensor | None, tail: Tail) -> Tensor | None:
     return floor if F is None else F + FLOOR * floor
 
 
-def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> list[str]:
-    """Plain convolutions with a weight of their own and not too many unknowns for closed form.
+def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Plain convolutions with a weight of their own and not too many unknowns for closed form; their kernels.
 
     Not linear layers: a classifier has as many equations as there are images, and on held-out ones it got worse.
     """
     shared = holders(converted)
-    return [
-        name
+    return {
+        name: grouped(module.weight.detach(), module.groups)
         for name, module in converted.named_modules()
         if type(module) is nn.Conv2d
         and type(originals.get(name)) is type(module)
+        and isinstance(equivalent(originals[name]), Equivalent)
         and type(module.weight) is nn.Parameter
         and shared[id(module.weight)] == 1
+        and module.weight.numel()
         and unknowns(module) <= MOST_UNKNOWNS
-    ]
+    }
 
 
-def _kernel(module: nn.Module) -> Tensor:
-    """The kernel [G, O, I, K] that runs in a dense layer."""
-    found = equivalent(module)
-    assert isinstance(found, Equivalent)
-    return grouped(found.conv.weight.detach(), found.conv.groups)
+def _kernel(name: str, module: nn.Module) -> Tensor:
+    """The kernel [G, O, I, K] that runs in the layer which was split; that may be a split one already."""
+    found = module if isinstance(module, SeparableConv2d) else equivalent(module)
+    if isinstance(found, str):
+        raise ValueError(f"{name} is split in converted, but in original {found}: not its conversion")
+    conv = found.conv if isinstance(found, Equivalent) else found
+    return grouped(conv.weight.detach(), conv.groups)

@@ -98,6 +98,24 @@ def test_state_goes_along(case: Awkward) -> None:
     assert_equal_outputs(converted, empty, inputs, 0)
 
 
+@pytest.mark.filterwarnings("ignore::convsplit.ConversionWarning")
+def test_repair_makes_no_layer_worse(case: Awkward) -> None:
+    model, inputs = case.build()
+    before = portrait(model)
+    converted = convsplit.convert(model, inputs, rank=1, forms="dw-pw", bake=case.bake)
+    if not case.repairs:
+        with pytest.raises(TypeError, match="cannot be trained in place"):
+            convsplit.refit(converted, model, [inputs])
+        return
+    repaired = convsplit.refit(converted, model, [inputs])
+    assert all(layer.after <= layer.before for layer in repaired)
+    for layer in converted.modules():
+        if isinstance(layer, SeparableConv2d):
+            assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert portrait(model) == before
+    assert convsplit.compare(converted, model, [inputs]).verdict.level
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_jit_trace(case: Awkward) -> None:
     if not case.jits:
