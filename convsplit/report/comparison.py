@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from convsplit.data.batches import batches_of
 from convsplit.forms import form_named
@@ -101,7 +102,7 @@ def compare(
         params=(parameter_count(original), parameter_count(converted)),
         macs=costs.macs,
         drift=seen.whole.drift(),
-        agreement=seen.agreed / seen.classified if seen.classified else None,
+        agreement=seen.votes.agreement(),
         images=seen.inputs,
         stored_bytes=(_bytes(original), _bytes(converted)),
         milliseconds=None if times is None else (times[0].total, times[1].total),
@@ -133,7 +134,7 @@ class _Meter:
         if before.shape != after.shape:
             self.mismatched.append(f"{tuple(before.shape)} and {tuple(after.shape)}")
             return
-        if not (before.is_floating_point() or before.is_complex()) or not before.numel():
+        if not (before.is_floating_point() or before.is_complex() or before.is_quantized) or not before.numel():
             return
         y, z = _real(before), _real(after)
         known = y.isfinite() & z.isfinite()
@@ -174,12 +175,40 @@ class _Meter:
 def _real(tensor: Tensor) -> Tensor:
     """The numbers of a tensor in a row, in float32 at least; of complex ones both parts."""
     plain = tensor.detach()
+    plain = plain.dequantize() if plain.is_quantized else plain.to_dense()
     plain = torch.view_as_real(plain) if plain.is_complex() else plain
     return plain.to(torch.promote_types(plain.dtype, torch.float32)).flatten()
 
 
 def _squares(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
+@dataclass
+class _Votes:
+    """Of the inputs with class scores `told`, those that get the same top-1 class in both models."""
+
+    same: int = 0
+    told: int = 0
+    classes: set[int] = field(default_factory=set)
+
+    def add(self, before: Any, after: Any, inputs: int) -> None:
+        y, z = class_scores(before, inputs), class_scores(after, inputs)
+        if y is None or z is None or y.shape != z.shape:
+            return
+        told = ~y.isnan().any(1)
+        same = (y.argmax(1) == z.argmax(1)) & ~z.isnan().any(1) & told
+        self.same, self.told = self.same + int(same.sum()), self.told + int(told.sum())
+        self.classes.update(y[told].argmax(1).tolist())
+
+    @property
+    def unanimous(self) -> bool:
+        """Whether all inputs have one class: of numbers that are no scores (a box) the same one is always largest."""
+        return self.told > 1 and self.same == self.told and len(self.classes) == 1
+
+    def agreement(self) -> float | None:
+        """The share that agrees; None where no scores are known, or where they tell nothing."""
+        return None if not self.told or self.unanimous else self.same / self.told
 
 
 @dataclass
@@ -191,9 +220,8 @@ class _Comparison:
     pairs: Pairs
     forward: Forward | None
     whole: _Meter = field(default_factory=_Meter)
+    votes: _Votes = field(default_factory=lambda: _Votes())
     inputs: int = 0
-    agreed: int = 0
-    classified: int = 0
     random: bool = False
 
     def __post_init__(self) -> None:
@@ -223,8 +251,7 @@ class _Comparison:
         inputs = count_inputs(batch, seen)
         self.inputs += inputs
         self.whole.add_all(before, after)
-        same, told = _same_class(before, after, inputs)
-        self.agreed, self.classified = self.agreed + same, self.classified + told
+        self.votes.add(before, after, inputs)
 
     def layer(self, name: str, costs: _Costs, times: list[Timing] | None) -> LayerReport:
         """What is known of one split layer."""
@@ -240,6 +267,8 @@ class _Comparison:
     def notes(self) -> Iterator[str]:
         """What the figures do not tell."""
         whole = self.whole
+        if self.votes.unanimous:
+            yield "all inputs have the same top-1 class, which tells nothing: the models are judged by their drift"
         if self.random:
             yield "the model draws random numbers in eval mode; both models were given the same"
         if whole.infinite:
@@ -302,16 +331,6 @@ def _largest_component(layer: SeparableConv2d) -> float:
         return float(layer.factors().norms().double().max() / whole.clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _same_class(before: Any, after: Any, inputs: int) -> tuple[int, int]:
-    """How many inputs get the same top-1 class, of how many; (0, 0) where no class scores are known."""
-    y, z = class_scores(before, inputs), class_scores(after, inputs)
-    if y is None or z is None or y.shape != z.shape:
-        return (0, 0)
-    told = ~y.isnan().any(1)
-    same = (y.argmax(1) == z.argmax(1)) & ~z.isnan().any(1)
-    return (int((same & told).sum()), int(told.sum()))
-
-
 def _notes(layers: tuple[LayerReport, ...]) -> Iterator[str]:
     if not layers:
         yield "no layer is split"
@@ -335,7 +354,8 @@ def _notes(layers: tuple[LayerReport, ...]) -> Iterator[str]:
 
 def _bytes(model: nn.Module) -> int:
     """Of all tensors of the state_dict."""
-    return stored_bytes([value for value in model.state_dict().values() if isinstance(value, Tensor)])
+    values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    return stored_bytes([value for value in values if not is_lazy(value)])
 
 
 def _kept(model: nn.Module, split: set[str]) -> Iterator[KeptLayer]:

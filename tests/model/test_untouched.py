@@ -106,6 +106,11 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
 
 
+def saved_and_loaded(model: nn.Module, split: nn.Module, folder: Path) -> nn.Module:
+    convsplit.save(split, folder / "model.safetensors")
+    return convsplit.load(folder / "model.safetensors", model)
+
+
 LOOKS: dict[str, Callable[[Any, Any, Path], Any]] = {
     "make_plan": lambda m, s, _: convsplit.make_plan(m, images()),
     "convert": lambda m, s, _: convsplit.convert(m, images(), **QUICK),
@@ -117,6 +122,10 @@ LOOKS: dict[str, Callable[[Any, Any, Path], Any]] = {
     ),
     "merge": lambda m, s, _: convsplit.merge(s),
     "save": lambda m, s, folder: convsplit.save(s, folder / "model.safetensors"),
+    "load": saved_and_loaded,
+    "bench": lambda m, s, _: convsplit.bench(
+        m, images(), budgets=(convsplit.Budget(macs=0.9),), batch_sizes=(1,), forms="dw-pw", seconds=0.2
+    ),
     "for_inference": lambda m, s, _: convsplit.for_inference(s),
 }
 TRAINS: dict[str, Callable[[Any, Any], Any]] = {

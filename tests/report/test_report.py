@@ -191,7 +191,9 @@ def test_costs_are_those_on_the_originals_inputs() -> None:
 
 
 def pooled(y: Tensor) -> Tensor:
-    return y.mean((2, 3))[:, :4]
+    """Scores of four classes, each the best for some input."""
+    scores = y.mean((2, 3))[:, :4]
+    return scores - scores.mean(0)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +206,9 @@ def pooled(y: Tensor) -> Tensor:
         (lambda y: (pooled(y), y.mean((2, 3))), False),
         (lambda y: y.flatten()[:1200].view(300, 4), False),
         (lambda y: y, False),
+        (lambda y: pooled(y) + torch.tensor([0.0, 0.0, 1e4, 0.0]), False),
     ],
-    ids=["scores", "logits", "boxes", "boxes and scores", "two of them, nameless", "rows of boxes", "map"],
+    ids=["scores", "logits", "boxes", "boxes and scores", "two of them, nameless", "rows of boxes", "map", "one box"],
 )
 def test_agreement_is_told_of_class_scores_alone(answer: Callable[[Tensor], Any], told: bool) -> None:
     assert (told_of(answer).agreement is not None) == told
@@ -243,6 +246,14 @@ def test_outputs_that_only_the_conversion_breaks_are_lost() -> None:
     assert report.agreement == 0
     assert report.verdict.level == "lost"
     assert "converted model's outputs" in report.summary()
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda y: y.relu().to_sparse(), lambda y: torch.quantize_per_tensor(y, 0.01, 0, torch.qint32)],
+    ids=["sparse", "quantised"],
+)  # fmt: skip
+def test_outputs_are_compared_by_the_numbers_they_stand_for(answer: Callable[[Tensor], Any]) -> None:
+    assert 0.1 < told_of(answer).drift.relative < 1
 
 
 def test_zero_outputs_are_outputs() -> None:
