@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
+from convsplit.finetune.distillation import distill
+from convsplit.finetune.reconstruction import reconstruct
 from convsplit.measure.bench import LAYOUTS, Bench, BenchRow, case_of, cases_of
 from convsplit.measure.stopwatch import Stopwatch
 from convsplit.model.guards import same_globals
 from convsplit.model.running import Batch
 from convsplit.progress import track
 from convsplit.report.curves import Frontier
+from convsplit.searches import Finetune
 from convsplit.studies import BUDGETS, Study, StudyOptions, checked_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 M = TypeVar("M", bound=nn.Module)
+
+THEN: dict[str, Callable[..., Any]] = {"reconstruct": reconstruct, "distill": distill}
 
 
 def study(model: M, example_inputs: Batch = None, **options: Unpack[StudyOptions]) -> Study[M]:
@@ -50,6 +55,8 @@ def convert(
     exact: bool = False,
     prefer: str = "accuracy",
     stopwatch: Stopwatch | None = None,
+    then: str | None = None,
+    seconds: float | None = None,
     **options: Unpack[StudyOptions],
 ) -> M:
     """Replace the standard convolutions of a trained model by depthwise-separable ones.
@@ -58,7 +65,9 @@ def convert(
         model: any module. It is never changed.
         example_inputs: what the model is called with once: a tensor, a tuple of positional arguments or a dict of
             keyword arguments. They give the shapes, so MACs are known and no layer gets more of them.
-        budget: what may be kept; half the parameters of the splittable convolutions by default.
+        budget: what may be kept; half the parameters of the splittable convolutions by default. Or what may be lost
+            (`Budget(drift=...)`, `agreement=`, `metric=`): a handful of conversions are then measured on a third of the
+            calibration inputs, held out, and the cheapest good enough is returned; `study(...).search` shows them all.
         rank: instead, the same rank for every layer: the depth multiplier of dw-pw and pw-dw (those two are chosen
             from unless `forms` says otherwise) or, with `forms="pw-dw-pw"`, the CP rank.
         exact: instead, an exact rewriting of every layer, whatever that costs.
@@ -66,6 +75,8 @@ def convert(
             of `example_inputs`; "accuracy" goes by the budget alone.
         stopwatch: how long to measure, and whether inference or training; for budgets of latency and `prefer="speed"`.
             One stopwatch given to several calls measures equal layers once.
+        then: go on with "reconstruct" or "distill", on the calibration inputs.
+        seconds: how long that may take, about.
         calibration: a few hundred unlabelled inputs, as batches (an iterable, read once, of what `example_inputs` may
             be): ranks are then chosen by the error of each layer's output, and the result is repaired by `refit`.
         forward: how to run a model on a batch or on `example_inputs`, such as `lambda model, batch: model(batch[0])`.
@@ -81,8 +92,9 @@ def convert(
 
     Raises:
         TypeError: not a module, or one that cannot be deep-copied.
-        ValueError: a budget that cannot be met (names the smallest that can), an unknown form, a bad rank, example
-            inputs that do not run (names the module and the shapes), a `skip` that matches nothing.
+        ValueError: a budget that cannot be met (names the smallest that can, or how near it came and what would help),
+            an unknown form, a bad rank, example inputs that do not run (names the module and the shapes), a `skip` that
+            matches nothing, `then` without calibration inputs.
 
     For several budgets of one model, make a `study` and ask it: what does not depend on the budget is done once.
 
@@ -92,8 +104,35 @@ def convert(
     >>> sum(p.numel() for p in smaller.parameters()) < 0.42 * sum(p.numel() for p in model.parameters())
     True
     """
+    if then is None and seconds is not None:
+        raise ValueError(f"seconds={seconds:g} is for fine-tuning: say then=, one of {', '.join(map(repr, THEN))}")
     known = Study(model, example_inputs, **checked_options(convert, options))
-    return known.convert(budget, rank=rank, exact=exact, prefer=prefer, stopwatch=stopwatch)
+    if then is None:
+        return known.convert(budget, rank=rank, exact=exact, prefer=prefer, stopwatch=stopwatch)
+    finetune = _finetune(then, known, seconds)
+    if budget is not None and budget.of_quality:
+        found = known.search(budget, then=finetune, prefer=prefer, stopwatch=stopwatch).checked()
+        return cast("M", found.model)
+    converted = known.convert(budget, rank=rank, exact=exact, prefer=prefer, stopwatch=stopwatch)
+    finetune(converted, model, known.batches)
+    return converted
+
+
+def _finetune(then: str, known: Study[Any], seconds: float | None) -> Finetune:
+    """What is done to a converted model after its repair."""
+    if then not in THEN:
+        raise ValueError(f"then={then!r}; want one of {', '.join(map(repr, THEN))}")
+    if known.batches is None:
+        raise ValueError(f"then={then!r} works on inputs: give calibration=, some hundred unlabelled ones")
+
+    def finetune(converted: nn.Module, original: nn.Module, batches: Any) -> None:
+        THEN[then](
+            converted, original, batches, forward=known.forward, seconds=seconds, seed=known.seed,
+            progress=known.progress,
+        )  # fmt: skip
+
+    finetune.__name__ = then
+    return finetune
 
 
 def make_plan(

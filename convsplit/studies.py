@@ -9,10 +9,11 @@ The curves of a model do not depend on the budget, so a plan costs an allocation
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, cast
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -30,8 +31,10 @@ from convsplit.choose.options import (
     unless_measured,
 )
 from convsplit.choose.plan import Conditions, Plan, planned_layers
-from convsplit.data.batches import checked_batches
+from convsplit.choose.search import MOST
+from convsplit.data.batches import Checked, checked_batches, hold_out
 from convsplit.data.moments import Marginals, measure_marginals
+from convsplit.data.sensitivity import measure_gains
 from convsplit.forms import CP
 from convsplit.layers.separable import SeparableConv2d
 from convsplit.measure.speed import PREFERENCES, choose_by_time
@@ -45,8 +48,11 @@ from convsplit.model.sites import Site, Skip, find_sites
 from convsplit.progress import track, warn
 from convsplit.repair.refitting import refit
 from convsplit.report.curves import Frontier, curve_of
-from convsplit.report.frontier import measured_point
+from convsplit.report.found import Found
+from convsplit.report.frontier import measured_point, planned_point
+from convsplit.report.quality import HeldOut
 from convsplit.rewrite import apply_plan
+from convsplit.searches import Finetune, find_cheapest
 from convsplit.spec import parameter_count
 from convsplit.structure import forms_named
 from convsplit.tables import Table, Tabular, count
@@ -198,6 +204,8 @@ class Study(Tabular, Generic[M]):
                 and `exact`, a bad rank, or no example inputs where they are needed.
         """
         self._check_unchanged()
+        if budget is not None and budget.of_quality and rank is None and not exact:
+            return self.search(budget, prefer=prefer, stopwatch=stopwatch).checked().plan
         asked = [text for text, given in (("budget=", budget), ("rank=", rank), ("exact=", exact or None))
                  if given is not None]  # fmt: skip
         if len(asked) > 1:
@@ -234,16 +242,107 @@ class Study(Tabular, Generic[M]):
         >>> type(known.convert(rank=2)[0]).__name__
         'SeparableConv2d'
         """
+        if budget is not None and budget.of_quality and not choice.get("exact") and choice.get("rank") is None:
+            prefer, stopwatch = choice.get("prefer", "accuracy"), choice.get("stopwatch")
+            found = self.search(budget, prefer=prefer, stopwatch=stopwatch).checked()
+            return cast("M", found.model)
         return self.apply(self.plan(budget, **choice))
+
+    def search(
+        self,
+        budget: Budget,
+        *,
+        held_out: Any = 1 / 3,
+        most: int = MOST,
+        then: Finetune | None = None,
+        prefer: str = "accuracy",
+        stopwatch: Stopwatch | None = None,
+    ) -> Found:
+        """Look for the cheapest conversion, repaired, that loses no more quality than a budget allows.
+
+        Each of a handful of conversions is measured on inputs that neither choice nor repair has seen, and corrects
+        where the next one is tried.
+
+        Args:
+            budget: one of drift, agreement or metric.
+            held_out: a share of the calibration inputs, or batches of their own. A metric has its own inputs, so
+                nothing need be held out for it.
+            most: conversions to try.
+            then: what else to do to the conversion that was found, called with (converted, original, batches), such as
+                `convsplit.distill`; it is measured once more.
+            prefer: as for `plan`.
+            stopwatch: as for `plan`.
+
+        Returns:
+            what was found, with everything that was tried; `found.met` says whether the target was.
+
+        Raises:
+            ValueError: a budget of what may be kept, no calibration data, or too few of them.
+
+        >>> known = Study(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)),
+        ...               calibration=torch.randn(96, 8, 9, 9))
+        >>> found = known.search(Budget(drift=0.5))
+        >>> found.met, len(found.trials) <= 5
+        (True, True)
+        """
+        if not budget.of_quality:
+            raise ValueError(f"{budget!r} says what may be kept: plan() and convert() take it; search for drift=, "
+                             "agreement= or metric=")  # fmt: skip
+        if self.batches is None:
+            raise ValueError(f"{budget!r} is measured on inputs: give calibration=, some hundred unlabelled ones")
+        self._check_unchanged()
+        known, held = self._holding_out(budget, held_out)
+        meter = HeldOut(self.model, held, self.forward, budget)
+        return find_cheapest(known, meter, most=most, then=then, prefer=prefer, stopwatch=stopwatch)
+
+    def _holding_out(self, budget: Budget, held_out: Any) -> tuple[Study[M], Checked]:
+        """A study of the same model that knows nothing of the inputs held out, and those."""
+        assert self.batches is not None
+        if not isinstance(held_out, float | int):
+            return self, checked_batches(held_out)
+        if budget.kind == "metric":
+            return self, self.batches
+        kept, held = hold_out(self.batches, held_out)
+        known = Study(
+            self.model, self.example_inputs, calibration=kept, forward=self.forward, forms=self.forms, skip=self.skip,
+            bake=self.bake, seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+        return known, held
+
+    def predicted_drift(self, plan: Plan) -> float:
+        """The relative drift of the model's output that the errors of a plan's layers come to, without any repair.
+
+        Errors of layers are taken for independent of each other; each counts by how far it moves the output
+        (`measure_gains`). Without calibration data, all count alike.
+        """
+        return math.sqrt(sum(self._gain(layer.name) * (layer.option.error or 0.0) ** 2
+                             for layer in plan.split if layer.option is not None))  # fmt: skip
+
+    def _gain(self, name: str) -> float:
+        return self.gains.get(name, 1.0 if not self.gains else 0.0)
+
+    @cached_property
+    def gains(self) -> dict[str, float]:
+        """How far the model's output moves for an error in each layer's; empty where that cannot be told."""
+        if self.batches is None:
+            return {}
+        names = [site.name for site in self.sites if site.splittable]
+        with same_globals(), plain_arithmetic():
+            return measure_gains(self.model, names, self.batches, self.forward, seed=self.seed)
 
     def apply(self, plan: Plan) -> M:
         """Convert as a plan says, perhaps an edited one, and repair where there are calibration data."""
+        return self._repaired(self._rewritten(plan), plan)
+
+    def _rewritten(self, plan: Plan) -> M:
         self._check_unchanged()
-        exact = all(layer.option is not None and layer.option.error == 0 for layer in plan.split)
-        metric = None if exact else self.marginals
+        metric = None if _is_exact(plan) else self.marginals
         converted = apply_plan(self.model, plan, progress=self.progress, fits=self._fits(), marginals=metric)
         self._check_reached(converted)
-        if self.batches is not None and not exact:
+        return converted
+
+    def _repaired(self, converted: M, plan: Plan) -> M:
+        if self.batches is not None and not _is_exact(plan):
             refit(converted, self.model, self.batches, forward=self.forward, seed=self.seed, progress=self.progress)
         return converted
 
@@ -251,6 +350,8 @@ class Study(Tabular, Generic[M]):
         self, batches: Any = None, *, budgets: Sequence[Budget | float] = BUDGETS, kind: str = "params"
     ) -> Frontier:
         """Plan at many budgets and, given some batches, measure the drift of each conversion on them.
+
+        With calibration data drift is measured twice: of the conversion as it comes, and once it is repaired.
 
         Args:
             batches: as for `compare`; without them only predicted errors are given.
@@ -269,8 +370,16 @@ class Study(Tabular, Generic[M]):
         data = None if batches is None else checked_batches(batches)
         points = []
         for plan in track(plans, "Budgets", progress=self.progress):
-            converted = None if data is None else self.apply(plan)
-            points.append(measured_point(plan, converted, self.model, data, self.forward))
+            if data is None:
+                points.append(planned_point(plan))
+                continue
+            converted = self._rewritten(plan)
+            point = measured_point(plan, converted, self.model, data, self.forward)
+            if self.batches is not None:
+                repaired = self._repaired(converted, plan)
+                before, point = point.drift, measured_point(plan, repaired, self.model, data, self.forward)
+                point = replace(point, unrepaired=before)
+            points.append(point)
         return Frontier(tuple(points), tuple(curve_of(menu) for menu in self.menus), tuple(notes))
 
     def _plans_and_notes(self, budgets: Iterable[Budget]) -> tuple[list[Plan], list[str]]:
@@ -387,6 +496,10 @@ class Study(Tabular, Generic[M]):
                 f"the weights of {self.title} have changed since it was studied (trained, or loaded anew): make a "
                 "new study"
             )
+
+
+def _is_exact(plan: Plan) -> bool:
+    return all(layer.option is not None and layer.option.error == 0 for layer in plan.split)
 
 
 def _versions(model: nn.Module) -> dict[int, int]:

@@ -20,6 +20,7 @@ FUNCTIONS = [
     *(getattr(convsplit, name) for name in sorted(PUBLIC - {"ConversionWarning"})), repair.recalibrate,
     storage.save_folder, kinds.register, finetune.parameter_groups, finetune.kernel_penalty, finetune.check_optimizer,
     passes.SplitConv2d, measure.time_models, Study.plan, Study.convert, Study.apply, Study.frontier,
+    Study.search,
 ]  # fmt: skip
 SYNONYMS = {
     "teacher": "original", "student": "converted", "dense_model": "original", "split_model": "converted",

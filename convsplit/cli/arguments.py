@@ -10,14 +10,16 @@ from typing import Any
 from torch import nn
 
 from convsplit.api import study
-from convsplit.choose.budget import KINDS, Budget
+from convsplit.choose.budget import KINDS, MINIMISED, Budget
 from convsplit.choose.plan import Plan
 from convsplit.cli.inputs import read_inputs
-from convsplit.cli.models import argument, load_model
+from convsplit.cli.models import argument, imported, load_model
 from convsplit.cli.parser import did_you_mean
 from convsplit.forms import FORMS
 from convsplit.measure.speed import PREFERENCES
 from convsplit.studies import Study
+
+TARGETS = ("drift", "agreement", "lost")
 
 
 def model_arguments(parser: ArgumentParser) -> None:
@@ -60,12 +62,25 @@ def choice_arguments(parser: ArgumentParser) -> None:
         "--budget", metavar="KIND=FRACTION", type=budget,
         help="params=0.5, macs=0.3, latency=0.5 or error=0.05; with ,of=model of the whole model (params=0.5)",
     )  # fmt: skip
+    how.add_argument(
+        "--target", metavar="KIND=VALUE", type=target,
+        help="what may be lost, measured on a third of --calibrate: drift=0.02, agreement=0.99, lost=0.01 (--metric)",
+    )  # fmt: skip
     how.add_argument("--rank", metavar="N", type=_positive, help="the same rank in every layer")
     how.add_argument("--exact", action="store_true", help="an exact rewriting, whatever it costs")
     group.add_argument(
         "--prefer", choices=PREFERENCES, default="accuracy", help="speed: only what is measured faster (accuracy)"
     )
     how.add_argument("--plan", metavar="FILE", type=Path, help="use this plan, as written by `convsplit plan --out`")
+    group.add_argument(
+        "--minimise", choices=MINIMISED, default="params", help="for --target: what to make small (params)"
+    )
+    group.add_argument(
+        "--metric",
+        metavar="package.module:function",
+        help="for --target lost=: of a model, a number; higher is better",
+    )
+    group.add_argument("--lower-is-better", action="store_true", help="--metric is an error or a loss")
     forms_arguments(parser)
 
 
@@ -133,7 +148,30 @@ def plan_of(args: Namespace, known: Study[nn.Module]) -> Plan:
     """The plan a command line names or describes."""
     if args.plan is not None:
         return Plan.load(args.plan)
-    return known.plan(args.budget, rank=args.rank, exact=args.exact, prefer=args.prefer)
+    return known.plan(quality_of(args) or args.budget, rank=args.rank, exact=args.exact, prefer=args.prefer)
+
+
+def quality_of(args: Namespace) -> Budget | None:
+    """The budget of quality a command line asks for, if it does."""
+    if args.target is None:
+        if args.metric is not None:
+            args.parser.error("--metric needs to know how much may be lost: --target lost=0.01")
+        return None
+    kind, value = args.target
+    if kind != "lost":
+        return Budget(**{kind: value}, minimise=args.minimise)
+    if args.metric is None:
+        args.parser.error("--target lost= is of a metric: say --metric package.module:function")
+    metric = imported(args.metric, "metric", "my_package.validation:accuracy")
+    return Budget(metric=metric, lost=value, lower_is_better=args.lower_is_better, minimise=args.minimise)
+
+
+def target(text: str) -> tuple[str, float]:
+    """Read `agreement=0.99`."""
+    key, equals, value = text.partition("=")
+    if not equals or key not in TARGETS:
+        raise ArgumentTypeError(f"{text!r}: want {'=, '.join(TARGETS)}= with a number{did_you_mean(key, TARGETS)}")
+    return key, _number(value)
 
 
 def budget(text: str) -> Budget:

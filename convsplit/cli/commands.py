@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from convsplit.cli.arguments import (
     output_arguments,
     plan_of,
     progress_of,
+    quality_of,
     required_inputs_of,
     seed_argument,
     study_of,
@@ -71,20 +73,27 @@ def plan(args: Namespace) -> None:
 def convert(args: Namespace) -> None:
     """Split the convolutions of a model and write it to a file.
 
-    Read the file back with convsplit.load(FILE, model).
+    Read the file back with convsplit.load(FILE, model). With --target agreement=0.99 the smallest model is searched for
+    that gives 99 % of the inputs of --calibrate the same class.
 
     example: convsplit convert torchvision.models:resnet18 --weights r18.pth --out smaller.safetensors
     """
     _check_suffix(args.out, (".safetensors",))
     started = time.perf_counter()
     known = study_of(args, model_of(args), inputs_of(args))
-    chosen = plan_of(args, known)
-    save(known.apply(chosen), args.out)
+    quality = quality_of(args)
+    found = None if quality is None else known.search(quality, prefer=args.prefer).checked()
+    chosen = plan_of(args, known) if found is None else found.plan
+    save(known.apply(chosen) if found is None else found.model, args.out)
     seconds = time.perf_counter() - started
     if args.json:
-        print_json({"out": str(args.out), "seconds": seconds, "split": len(chosen.split), **chosen.totals()})
+        searched = {} if found is None else {"search": json.loads(found.to_json())}
+        print_json(
+            {"out": str(args.out), "seconds": seconds, "split": len(chosen.split), **chosen.totals(), **searched}
+        )
     else:
-        print(f"{_shown(chosen)}\n\nwritten to {args.out} in {seconds:.1f} s")
+        tried = "" if found is None else f"\n\n{found.text(terminal_width())}"
+        print(f"{_shown(chosen)}{tried}\n\nwritten to {args.out} in {seconds:.1f} s")
 
 
 def _converted_argument(parser: ArgumentParser) -> None:

@@ -26,17 +26,28 @@ def load_model(where: str, arguments: Mapping[str, Any], weights: Path | None = 
         ValueError: not of that form, the callable fails or returns no module, or the weights do not fit.
         ImportError: no such module.
     """
-    module_name, colon, path = where.partition(":")
-    if not colon or not path:
-        raise ValueError(f"model {where!r}: want package.module:callable, such as torchvision.models:resnet18")
-    found = _import(module_name)
-    for name in path.split("."):
-        found = _attribute(found, name)
+    found = imported(where, "model", "torchvision.models:resnet18")
     model = found if isinstance(found, nn.Module) else _call(where, found, arguments)
     if weights is not None:
         load_weights(model, weights)
     model.eval()
     return model
+
+
+def imported(where: str, what: str, example: str) -> Any:
+    """What `package.module:name` names.
+
+    Raises:
+        ValueError: not of that form, or no such name in the module.
+        ImportError: no such module.
+    """
+    module_name, colon, path = where.partition(":")
+    if not colon or not path:
+        raise ValueError(f"{what} {where!r}: want package.module:callable, such as {example}")
+    found = _import(module_name)
+    for name in path.split("."):
+        found = _attribute(found, name)
+    return found
 
 
 def argument(text: str) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from convsplit.data.processes import reduced_numbers
 from convsplit.model.running import Batch, batches_in
-from convsplit.model.values import count_inputs, is_empty, main_tensor, tensors_in
+from convsplit.model.values import IMAGE_DIMENSIONS, count_inputs, is_empty, main_tensor, tensors_in
 from convsplit.progress import warn
 
 MOST_INPUTS = 10_000  # read of an iterable that does not tell its length, and may have no end
@@ -93,3 +94,46 @@ def _is_constant(batch: Batch) -> bool:
 def _outside_inference(value: Any) -> Any:
     """Tensors made in inference mode cannot be part of a graph outside of it, their copies can."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def hold_out(batches: Checked, share: float) -> tuple[Checked, Checked]:
+    """Inputs to work with and a share of them, evenly spread, to measure on afterwards.
+
+    Single inputs are held out where all tensors of a batch have one row for each, whole batches otherwise.
+
+    Raises:
+        ValueError: a share outside (0, 1), or too few inputs to have some on both sides.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"held_out={share!r}: want a share of the inputs between 0 and 1, or batches")
+    if all(map(_has_rows, batches)):
+        kept, held = Checked(), Checked()
+        seen = 0
+        for batch in batches:
+            count = count_inputs(batch)
+            out = torch.tensor([_is_held_out(seen + row, share) for row in range(count)], device="cpu")
+            seen += count
+            for rows, side in ((~out, kept), (out, held)):
+                if rows.any():
+                    side.append(tree_map(partial(_rows_of, rows), batch))
+    else:
+        kept = Checked(batch for index, batch in enumerate(batches) if not _is_held_out(index, share))
+        held = Checked(batch for index, batch in enumerate(batches) if _is_held_out(index, share))
+    if not kept or not held:
+        raise ValueError(f"held_out={share:g} leaves nothing to work with or to measure on: give more inputs")
+    return kept, held
+
+
+def _is_held_out(index: int, share: float) -> bool:
+    return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
+
+
+def _has_rows(batch: Batch) -> bool:
+    """Whether all tensors of a batch have one row for each input, for sure (three axes may be an image by itself)."""
+    main = main_tensor(batch)
+    rows = {t.shape[0] for t in tensors_in(batch) if t.dim()}
+    return main is not None and main.dim() >= IMAGE_DIMENSIONS and rows == {main.shape[0]}
+
+
+def _rows_of(rows: Tensor, value: Any) -> Any:
+    return value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() else value

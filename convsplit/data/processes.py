@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -49,3 +50,10 @@ def all_reduced_each(parts: Mapping[str, Tensor], names: Iterable[str]) -> dict[
     flat = all_reduced(torch.cat([part.to(device, torch.float64) for part in held]))
     totals = torch.split(flat, [len(part) for part in held])
     return {name: total.reshape(size) for (name, size), total in zip(found.items(), totals, strict=True)}
+
+
+def is_over(began: float, seconds: float | None) -> bool:
+    """Whether so many seconds have passed since `began` (of `time.monotonic`), in any process."""
+    if seconds is None:
+        return False
+    return bool(reduced_numbers(time.monotonic() - began > seconds, operation="MAX")[0])

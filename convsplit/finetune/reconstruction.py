@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.data.batches import checked_batches
+from convsplit.data.processes import is_over
 from convsplit.finetune.blocks import Block, walk_blocks
 from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import plain_arithmetic
 from convsplit.model.pairs import check_order
 from convsplit.model.running import Forward, is_random, quiet_run, warn_of_noise
 from convsplit.precision import widened, widened_weights
-from convsplit.progress import track
+from convsplit.progress import track, warn
 
 BATCH = 64  # images per step
 WARM_UP = 0.1  # of the steps
@@ -41,6 +43,7 @@ def reconstruct(
     forward: Forward | None = None,
     steps: int = 300,
     lr: float = 2e-3,
+    seconds: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> tuple[Reconstructed, ...]:
@@ -58,6 +61,7 @@ def reconstruct(
         forward: how to run a model on what `batches` yields.
         steps: gradient steps for each block.
         lr: the largest learning rate.
+        seconds: begin with no further block after so long; a warning says how many blocks were reached.
         seed: fixes the order of images.
         progress: show a progress bar; by default only on a terminal.
 
@@ -78,7 +82,7 @@ def reconstruct(
     if steps < 1:
         raise ValueError(f"steps={steps}: want at least 1")
     check_order(converted, original, "reconstruct(converted, original, batches)")
-    data = checked_batches(batches)
+    began, data = time.monotonic(), checked_batches(batches)
     generator = torch.Generator().manual_seed(seed)
     original = scratch_copy(original)
     with working_copy(converted) as working, quiet_run(working, original):
@@ -86,8 +90,13 @@ def reconstruct(
             warn_of_noise(original, "reconstructed")
             return ()
         count, blocks = walk_blocks(original, working, data, forward)
-        shown = track(blocks, "Reconstructing", total=count, progress=progress)
-        return tuple(_fit(block, steps, lr, generator) for block in shown)
+        done: list[Reconstructed] = []
+        for block in track(blocks, "Reconstructing", total=count, progress=progress):
+            if is_over(began, seconds):
+                warn(f"reconstruct ended after {seconds:g} s: {len(done)} of {count} blocks, others are as they were")
+                break
+            done.append(_fit(block, steps, lr, generator))
+        return tuple(done)
 
 
 def _fit(block: Block, steps: int, lr: float, generator: torch.Generator) -> Reconstructed:

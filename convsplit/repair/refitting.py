@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.data.batches import checked_batches
-from convsplit.data.processes import reduced_numbers
+from convsplit.data.processes import is_over
 from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop, walk
@@ -137,7 +137,7 @@ def refit(
         stops = walk(original, converted, layers, others, data, forward, MEMORY_LIMIT, tails=target == "activation")
         with closing(stops):
             for stop in track(stops, "Refitting", total=len(layers) + len(others), progress=progress):
-                if _is_over(began, seconds):
+                if is_over(began, seconds):
                     warn(f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were")
                     break
                 layer = converted.get_submodule(stop.name)
@@ -157,13 +157,6 @@ def _repair_at(stop: Stop, fit: Fit, target: str, F: Tensor | None, ridge: float
         return None
     metric = None if target == "layer" else _metric(fit.layer, F, samples.tail)
     return _repair(stop.name, fit, samples, metric, ridge)
-
-
-def _is_over(began: float, seconds: float | None) -> bool:
-    """Whether the time is up, in any process."""
-    if seconds is None:
-        return False
-    return bool(reduced_numbers(time.monotonic() - began > seconds, operation="MAX")[0])
 
 
 def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: float) -> Repaired:

@@ -11,6 +11,8 @@ The rooms inside:
     reports.py     Report: the figures, and every way to look at them
     comparison.py  measures a report on two models
     frontier.py    measures a frontier
+    quality.py     measures what a conversion loses, on held-out inputs
+    found.py       Found: what a search for a certain quality tried and found
     plots.py       pictures as matplotlib figures
 """
 
@@ -20,6 +22,9 @@ from convsplit.report.curves import CurvePoint as CurvePoint
 from convsplit.report.curves import Frontier as Frontier
 from convsplit.report.curves import FrontierPoint as FrontierPoint
 from convsplit.report.diff import ReportDiff as ReportDiff
+from convsplit.report.found import Found as Found
+from convsplit.report.found import Trial as Trial
+from convsplit.report.quality import Quality as Quality
 from convsplit.report.reports import Report as Report
 from convsplit.report.values import Drift as Drift
 from convsplit.report.values import KeptLayer as KeptLayer

@@ -46,12 +46,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One budget: what its plan keeps, the largest predicted weight error, and the drift where it was measured."""
+    """One budget: what its plan keeps, the largest predicted weight error, and the drift where it was measured.
+
+    `drift` and `agreement` are those of what one gets; where that is repaired, `unrepaired` is the drift before.
+    """
 
     plan: Plan
     largest_error: float
     drift: float | None = None
     agreement: float | None = None
+    unrepaired: float | None = None
 
     @property
     def budget(self) -> Budget:
@@ -91,13 +95,19 @@ class Frontier(Tabular):
         return bool(self.points) and all(point.drift is not None for point in self.points)
 
     @property
+    def repaired(self) -> bool:
+        """Whether drift was measured before and after repair."""
+        return bool(self.points) and all(point.unrepaired is not None for point in self.points)
+
+    @property
     def knee(self) -> FrontierPoint | None:
         """The budget to try first; None with fewer than three of them, or where nothing bends."""
         return _knee(self.points)
 
     def table(self) -> Table:
         """One row per budget; a star marks the knee."""
-        headings = ["budget", "params kept", "MACs kept", "largest error", "drift", "agreement", "split", ""]
+        drifts = ["before repair", "drift"] if self.repaired else ["drift"]
+        headings = ["budget", "params kept", "MACs kept", "largest error", *drifts, "agreement", "split", ""]
         return Table(headings, [self._row(point) for point in self.points], frozenset({"budget", ""}))
 
     def summary(self) -> str:
@@ -118,10 +128,11 @@ class Frontier(Tabular):
         return json.dumps({"points": self.records(), "curves": curves, "notes": list(self.notes)}, indent=1)
 
     def _row(self, point: FrontierPoint) -> list[str]:
+        before = [share(point.unrepaired)] if self.repaired else []
         return [
             f"{point.budget.kind}={point.budget.fraction:g}", percent(point.kept), percent(point.macs_kept),
-            share(point.largest_error), share(point.drift), percent(point.agreement), count(len(point.plan.split)),
-            "* knee" if point is self.knee else "",
+            share(point.largest_error), *before, share(point.drift), percent(point.agreement),
+            count(len(point.plan.split)), "* knee" if point is self.knee else "",
         ]  # fmt: skip
 
 
@@ -164,6 +175,7 @@ def _record(point: FrontierPoint, knee: bool) -> dict[str, Any]:
         "params_kept": point.kept,
         "macs_kept": point.macs_kept,
         "largest_error": point.largest_error,
+        "unrepaired_drift": point.unrepaired,
         "drift": point.drift,
         "agreement": point.agreement,
         "split": len(point.plan.split),

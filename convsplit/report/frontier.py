@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,15 @@ from convsplit.report.comparison import compare
 from convsplit.report.curves import FrontierPoint
 
 
+def planned_point(plan: Plan) -> FrontierPoint:
+    """A plan with its predicted error alone."""
+    return FrontierPoint(plan, float(plan.totals()["largest_error"] or 0.0))
+
+
 def measured_point(
-    plan: Plan, converted: nn.Module | None, original: nn.Module, batches: Any, forward: Forward | None
+    plan: Plan, converted: nn.Module, original: nn.Module, batches: Any, forward: Forward | None
 ) -> FrontierPoint:
-    """A plan with the drift of its conversion; with the predicted error alone where nothing was converted."""
-    largest = float(plan.totals()["largest_error"] or 0.0)
-    if converted is None:
-        return FrontierPoint(plan, largest)
+    """A plan with the drift of its conversion."""
     report = compare(converted, original, batches, forward=forward, progress=False)
-    return FrontierPoint(plan, largest, report.drift.relative if report.drift else None, report.agreement)
+    drift = report.drift.relative if report.drift else None
+    return replace(planned_point(plan), drift=drift, agreement=report.agreement)

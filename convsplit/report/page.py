@@ -165,7 +165,7 @@ def _depth(report: Measured) -> Figure:
 def _budget(frontier: Frontier, report: Measured) -> Figure:
     """The budget frontier of the whole net, and where this report lies."""
     here = _place(frontier, report)
-    ys = [y for point in frontier.points for y in (point.largest_error, point.drift or 0)]
+    ys = [y for point in frontier.points for y in (point.largest_error, point.drift or 0, point.unrepaired or 0)]
     plot = Plot(
         "Budget against predicted error and measured drift",
         axis("parameters of the splittable convolutions kept", [1.0], write=percents),
@@ -176,7 +176,11 @@ def _budget(frontier: Frontier, report: Measured) -> Figure:
     legend = [(legend_key(1, line=True), "predicted: largest weight error of a layer")]
     if frontier.measured:
         plot.line([(point.kept, point.drift or 0) for point in frontier.points])
-        legend.insert(0, (legend_key(0, shape="circle", line=True), "measured drift of the output"))
+        repaired = ", repaired" if frontier.repaired else ""
+        legend.insert(0, (legend_key(0, shape="circle", line=True), f"measured drift of the output{repaired}"))
+    if frontier.repaired:
+        plot.line([(point.kept, point.unrepaired or 0) for point in frontier.points], 2)
+        legend.append((legend_key(2, line=True), "measured drift before repair"))
     for point in frontier.points:
         said = f"{point.budget!r}: drift {share(point.drift)}, largest error {share(point.largest_error)}"
         said += f", agreement {percent(point.agreement)}"

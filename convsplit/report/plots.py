@@ -44,11 +44,16 @@ def plot_depth(report: Report) -> Figure:
 
 
 def plot_frontier(frontier: Frontier) -> Figure:
-    """What is kept against predicted error and measured drift; a ring marks the knee."""
+    """What is kept against predicted error and measured drift, before and after repair; a ring marks the knee."""
     figure, axes = _figure(xlabel="fraction of the splittable parameters kept", ylabel="drift or error")
     kept = [point.kept for point in frontier.points]
     if frontier.measured:
-        axes.plot(kept, [point.drift or 0.0 for point in frontier.points], "o-", label="measured drift of the output")
+        repaired = ", repaired" if frontier.repaired else ""
+        drifts = [point.drift or 0.0 for point in frontier.points]
+        axes.plot(kept, drifts, "o-", label=f"measured drift of the output{repaired}")
+    if frontier.repaired:
+        drifts = [point.unrepaired or 0.0 for point in frontier.points]
+        axes.plot(kept, drifts, "^:", label="measured drift before repair")
     predicted = [point.largest_error for point in frontier.points]
     axes.plot(kept, predicted, "s--", label="predicted: largest weight error of a layer")
     if frontier.knee is not None:

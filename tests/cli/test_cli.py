@@ -250,3 +250,20 @@ def test_plans_by_measured_time(folder: Path, capsys: pytest.CaptureFixture) -> 
     assert "milliseconds of the splittable convolutions" in capsys.readouterr().out
     assert main(["plan", *NET, "--budget", "latency=0.5"]) == 1
     assert "pass example_inputs" in capsys.readouterr().err
+
+
+def test_a_target_is_searched_for(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    data = torch.nn.functional.interpolate(torch.randn(96, 3, 4, 4), size=9).numpy()
+    np.save("data.npy", data)
+    call = ["convert", *NET, "--calibrate", "data.npy", "--out", "small.safetensors"]
+    assert main([*call, "--target", "drift=0.3", "--minimise", "params"]) == 0
+    assert "held-out inputs the output drifts" in " ".join(capsys.readouterr().out.split())
+    smaller = convsplit.load("small.safetensors", net())
+    assert convsplit.compare(smaller, net(), torch.from_numpy(data)).drift.relative < 0.4
+    (folder / "cli_metric.py").write_text("def fit(model):\n    return -float(model[0].weight.abs().max())\n")
+    scored = [*call, "--target", "lost=0.1", "--metric", "cli_metric:fit", "--json"]
+    assert main(scored) == 0
+    assert json.loads(capsys.readouterr().out)["search"]["budget"] == "metric"
+    assert main([*call, "--target", "lost=0.1"]) == 2
+    assert main([*call, "--target", "speed=0.1"]) == 2
+    assert main([*call, "--metric", "cli_metric:fit"]) == 2

@@ -39,3 +39,18 @@ def test_lines_hold_the_figures(results: tuple[convsplit.report.Report, convspli
     assert list(measured.get_xdata()) == [point.kept for point in frontier.points]
     titled = [axes.get_title() for axes in plots.plot_curves(frontier, report).axes]
     assert titled[:3] == ["0", "2", "4"]
+
+
+def test_a_repaired_frontier_shows_both_lines(results) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(3)).eval()
+    inputs = torch.randn(64, 3, 9, 9)
+    model(inputs)
+    frontier = convsplit.frontier(model, batches=inputs, budgets=(0.7, 0.4), forms="dw-pw", calibration=inputs)
+    assert frontier.repaired
+    assert all(point.drift < point.unrepaired for point in frontier.points)
+    assert "before repair" in str(frontier)
+    assert {line.get_label() for line in plots.plot_frontier(frontier).axes[0].lines} >= {
+        "measured drift of the output, repaired", "measured drift before repair",
+    }  # fmt: skip
+    assert not results[1].repaired

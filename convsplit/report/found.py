@@ -1,0 +1,150 @@
+"""What a search for the cheapest conversion of a certain quality has found, and all that was tried on the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from convsplit.choose.budget import Budget
+from convsplit.choose.plan import Plan
+from convsplit.report.quality import Quality, inputs_to_tell
+from convsplit.tables import Table, Tabular, count, percent, ratio, share
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One conversion: its plan, the drift predicted before repair, what was measured after it, and the seconds."""
+
+    plan: Plan
+    predicted: float
+    quality: Quality
+    seconds: float
+    after: str = ""  # what else was done to it, such as "distill"
+
+    @property
+    def budget(self) -> Budget:
+        assert self.plan.budget is not None
+        return self.plan.budget
+
+
+@dataclass(frozen=True)
+class Found(Tabular):
+    """The cheapest conversion that was found, `model`, with its `plan`; prints as a table of all `trials`.
+
+    `limit` is the loss that was allowed, `inputs` how many were held out to measure it; `costliest` names the layers
+    whose errors move the output most.
+    """
+
+    budget: Budget
+    trials: tuple[Trial, ...]
+    chosen: Trial
+    model: nn.Module = field(repr=False)
+    limit: float
+    inputs: int
+    costliest: tuple[str, ...] = ()
+
+    def checked(self) -> Found:
+        """Itself, where the target was met.
+
+        Raises:
+            ValueError: it was not; says how near it came, and what would help.
+        """
+        if self.met:
+            return self
+        raise ValueError(
+            f"{self.budget!r} cannot be met by converting and repairing alone. The nearest of {len(self.trials)} "
+            f"conversions: {self._verdict()}. What would help: more calibration inputs; fine-tuning, with "
+            f'then="reconstruct" or then="distill"; leaving the costliest layers dense, skip={list(self.costliest)!r}'
+        )
+
+    @property
+    def plan(self) -> Plan:
+        return self.chosen.plan
+
+    @property
+    def met(self) -> bool:
+        """Whether the loss that was measured is within the limit."""
+        return self.chosen.quality.loss <= self.limit
+
+    @property
+    def certain(self) -> bool:
+        """Whether all of its 95 % interval is on one side of the limit."""
+        quality = self.chosen.quality
+        if quality.low is None or quality.high is None:
+            return False
+        return quality.high <= self.limit if self.met else quality.low > self.limit
+
+    def table(self) -> Table:
+        """One row per conversion, in the order of the search; a star marks the chosen one."""
+        headings = [
+            "budget", "params", "MACs", "predicted drift", "drift", self._loss_name, "95 % interval", "s", "",
+        ]  # fmt: skip
+        return Table(headings, [self._row(trial) for trial in self.trials], frozenset({"budget", ""}))
+
+    def summary(self) -> str:
+        """What was found, how sure that is, and what would help."""
+        return f"{self.budget!r}: {self._verdict()}\n{self._confidence()}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dict of plain values per conversion."""
+        return [
+            {
+                "budget": trial.budget.kind, "fraction": trial.budget.fraction, "after": trial.after,
+                "params": trial.plan.totals()["model_params_after"], "macs": trial.plan.totals()["model_macs_after"],
+                "predicted_drift": trial.predicted, "drift": trial.quality.drift, "loss": trial.quality.loss,
+                "low": trial.quality.low, "high": trial.quality.high, "value": trial.quality.value,
+                "seconds": trial.seconds, "met": trial.quality.loss <= self.limit, "chosen": trial is self.chosen,
+            }
+            for trial in self.trials
+        ]  # fmt: skip
+
+    def to_json(self) -> str:
+        """All that was tried."""
+        kind = {"budget": self.budget.kind, "limit": self.limit, "inputs": self.inputs, "met": self.met}
+        return json.dumps({**kind, "certain": self.certain, "trials": self.records()}, indent=1)
+
+    @property
+    def _loss_name(self) -> str:
+        return {"drift": "relative drift", "agreement": "changed class", "metric": "metric lost"}[self.budget.kind]
+
+    def _loss(self, loss: float | None) -> str:
+        return percent(loss) if self.budget.kind == "agreement" else share(loss)
+
+    def _row(self, trial: Trial) -> list[str]:
+        quality, totals = trial.quality, trial.plan.totals()
+        interval = "-" if quality.low is None else f"{self._loss(quality.low)} to {self._loss(quality.high)}"
+        star = "* chosen" if trial is self.chosen else ""
+        return [
+            f"{trial.budget.kind}={trial.budget.fraction:.3g}{f', {trial.after}' if trial.after else ''}",
+            count(totals["model_params_after"]), count(totals["model_macs_after"]), share(trial.predicted),
+            share(quality.drift), self._loss(quality.loss), interval, f"{trial.seconds:.1f}", star,
+        ]  # fmt: skip
+
+    def _verdict(self) -> str:
+        quality, totals = self.chosen.quality, self.plan.totals()
+        kept = ratio(totals["model_params_after"], totals["model_params_before"])
+        saved = f"{kept} of the model's parameters are kept"
+        if totals["model_macs_before"] and totals["model_macs_after"] is not None:
+            saved += f", {ratio(totals['model_macs_after'], totals['model_macs_before'])} of its MACs"
+        if self.budget.kind == "agreement":
+            what = f"of 1,000 inputs {1000 * quality.loss:.0f} get another top-1 class"
+        elif self.budget.kind == "drift":
+            what = f"the output drifts by {share(quality.loss)} of its size"
+        else:
+            what = f"the metric is {share(quality.value)}, {share(abs(quality.loss))} "
+            what += "worse" if quality.loss > 0 else "better"
+        return f"{saved}; on {self.inputs} held-out inputs {what} (allowed: {self._loss(self.limit)})"
+
+    def _confidence(self) -> str:
+        met = "met" if self.met else "missed"
+        if self.chosen.quality.low is None:
+            return f"the target is {met}; nothing is known of the error bar of this figure"
+        if self.certain:
+            return f"the target is {met}, beyond the error bar of {self.inputs} inputs"
+        text = f"the target is {met}, within the error bar of {self.inputs} inputs"
+        if self.budget.kind == "agreement":
+            text += f"; about {inputs_to_tell(self.chosen.quality.loss, self.limit):,} would tell"
+        return text

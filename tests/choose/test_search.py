@@ -1,0 +1,87 @@
+"""The search for the cheapest point within a limit: few measurements, near the optimum, whatever law drift follows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from convsplit import Budget
+from convsplit.choose.search import MOST, Point, Predicted, cheapest
+
+FRACTIONS = [0.97 * 0.87**step for step in range(26)]
+
+
+def predicted() -> Predicted:
+    return Predicted(FRACTIONS, [0.1 * (1 / f - 1) for f in FRACTIONS])
+
+
+@pytest.mark.parametrize("factor", [0.2, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.6, 2.2])
+@pytest.mark.parametrize("limit", [0.01, 0.05, 0.2])
+def test_smooth_laws_are_met_within_a_few_percent(factor: float, power: float, limit: float) -> None:
+    law = predicted()
+
+    def drift(fraction: float) -> float:
+        return factor * law.drift(fraction) ** power
+
+    tried = cheapest(lambda f: Point(f, drift(f), drift(f)), law, float, limit)
+    met = [point.fraction for point in tried if point.loss <= limit]
+    best = law.fraction((limit / factor) ** (1 / power))
+    assert len(tried) <= MOST
+    if best < 0.95:
+        assert met
+        assert min(met) <= 1.06 * best + 0.02
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("inputs", [200, 1000])
+def test_counted_losses_are_met_by_what_was_measured(seed: int, inputs: int) -> None:
+    law, generator = predicted(), torch.Generator().manual_seed(seed)
+    ranks = torch.rand(inputs, generator=generator)  # an input changes its class from a drift of its own on
+
+    def measure(fraction: float) -> Point:
+        drift = 0.6 * law.drift(fraction) ** 1.2
+        return Point(fraction, drift, float((ranks < 0.4 * drift).float().mean()))
+
+    limit = 0.02
+    tried = cheapest(measure, law, float, limit)
+    met = [point for point in tried if point.loss <= limit]
+    farthest = float(ranks.sort().values[int(limit * inputs)]) / 0.4  # the drift that just so many do not survive
+    best = law.fraction((farthest / 0.6) ** (1 / 1.2))
+    assert met
+    # One input more or less is a long way with few inputs, and 5 conversions do not find where it changes.
+    assert min(point.fraction for point in met) < best * (1.15 if inputs == 1000 else 1.3)
+
+
+def test_nothing_is_tried_twice_and_nothing_after_the_end_of_the_range() -> None:
+    tried = cheapest(lambda f: Point(f, 0.0, 0.0), predicted(), float, 0.1)
+    assert min(FRACTIONS) == pytest.approx(min(point.fraction for point in tried))
+    assert len({round(point.fraction, 3) for point in tried}) == len(tried) <= 2
+    hopeless = cheapest(lambda f: Point(f, 1.0, 1.0), predicted(), float, 0.1)
+    assert max(point.fraction for point in hopeless) > 0.9
+
+
+def test_conversions_that_break_the_model_are_misses() -> None:
+    def measure(fraction: float) -> Point:
+        return Point(fraction, *([math.inf] * 2 if fraction < 0.5 else [0.01] * 2))
+
+    tried = cheapest(measure, predicted(), float, 0.1)
+    assert 0.5 <= min(point.fraction for point in tried if point.loss <= 0.1) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"drift": 0.1, "params": 0.5}, "one of params="),
+        ({"drift": 2}, r"\(0, 1\]"),
+        ({"agreement": 0.9, "lost": 0.1}, "belong to metric="),
+        ({"metric": 3, "lost": 0.1}, "a function"),
+        ({"metric": len}, "lost=0.01"),
+        ({"drift": 0.1, "minimise": "size"}, "minimise"),
+    ],
+)
+def test_budgets_of_quality_are_checked(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**given)
