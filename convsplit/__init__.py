@@ -2,7 +2,7 @@
 
 What most programs need is here; the rest lives in named places: `convsplit.kinds` (other convolution classes),
 `convsplit.finetune` (training loops of one's own), `convsplit.measure` (time), `convsplit.repair`, `convsplit.report`,
-`convsplit.storage` and `convsplit.passes` (fx pipelines).
+`convsplit.storage`, `convsplit.passes` (fx pipelines) and `convsplit.layers` (split layers of other dimensions).
 """
 
 from convsplit.api import bench as bench
@@ -14,6 +14,7 @@ from convsplit.choose.budget import Budget as Budget
 from convsplit.choose.plan import Plan as Plan
 from convsplit.finetune import distill as distill
 from convsplit.finetune import reconstruct as reconstruct
+from convsplit.layers.separable import SeparableConv as SeparableConv
 from convsplit.layers.separable import SeparableConv2d as SeparableConv2d
 from convsplit.measure import Stopwatch as Stopwatch
 from convsplit.measure import for_inference as for_inference

@@ -27,7 +27,7 @@ from torch import Tensor
 from convsplit.lowrank import CP as CP
 from convsplit.lowrank import Curve as Curve
 from convsplit.lowrank import SliceSVD, cp_curves, cp_each, slice_svd
-from convsplit.spec import ConvSpec, Pair
+from convsplit.spec import Axes, ConvSpec
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,16 @@ class Factors:
         return torch.nn.functional.one_hot(self.channels, channels).to(self.spatial.dtype)
 
 
-def grouped(weight: Tensor, groups: int) -> Tensor:
-    """View a weight [O, I per group, kh, kw] as [G, O per group, I per group, K]."""
-    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+def grouped(weight: Tensor, groups: int, transposed: bool = False) -> Tensor:
+    """View a weight [O, I per group, kh, kw], or a transposed one [I, O per group, kh, kw], as [G, O, I, K]."""
+    kernel = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return kernel.transpose(1, 2) if transposed else kernel
 
 
-def ungrouped(kernel: Tensor, kernel_size: Pair) -> Tensor:
-    """The weight [O, I per group, kh, kw] of a kernel [G, O, I, K]."""
-    return kernel.flatten(0, 1).reshape(-1, kernel.shape[2], *kernel_size)
+def ungrouped(kernel: Tensor, spec: ConvSpec) -> Tensor:
+    """The weight of a kernel [G, O, I, K]."""
+    kernel = kernel.transpose(1, 2) if spec.transposed else kernel
+    return kernel.flatten(0, 1).reshape(-1, kernel.shape[2], *spec.kernel_size)
 
 
 class Form:
@@ -177,11 +179,12 @@ class Form:
         most = (spec.weight_params - 1) // self._params_per_component(spec)
         return min(most, self.exact(spec)) // spec.groups * spec.groups
 
-    def macs(self, spec: ConvSpec, components: int, input_hw: Pair, output_hw: Pair) -> int:
+    def macs(self, spec: ConvSpec, components: int, input_size: Axes, output_size: Axes) -> int:
         """MACs of the stages for one image: the first pointwise stage runs at the input's size."""
-        expand = self.expands * math.prod(input_hw) * spec.in_channels // spec.groups
-        project = self.projects * math.prod(output_hw) * spec.out_channels // spec.groups
-        return components * (expand + math.prod(output_hw) * spec.positions + project)
+        expand = self.expands * math.prod(input_size) * spec.in_channels // spec.groups
+        project = self.projects * math.prod(output_size) * spec.out_channels // spec.groups
+        filters = math.prod(spec.slides_over(input_size, output_size)) * spec.positions
+        return components * (expand + filters + project)
 
     def _params_per_component(self, spec: ConvSpec) -> int:
         expand, project = self.expands * spec.in_channels, self.projects * spec.out_channels

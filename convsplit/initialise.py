@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convsplit.data.moments import Marginals, whitened
 from convsplit.forms import CP, Factors, form_named, grouped
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.lowrank import ends_early
 from convsplit.precision import widened
+from convsplit.spec import Convolution
 
 
 @torch.no_grad()
 def initialise_each(
-    layers: Sequence[SeparableConv2d],
-    convs: Sequence[nn.Conv2d],
+    layers: Sequence[SeparableConv],
+    convs: Sequence[Convolution],
     *,
     fits: Sequence[Sequence[CP]],
     marginals: Sequence[Marginals | None],
@@ -39,7 +40,7 @@ def initialise_each(
         if not conv.weight.isfinite().all():
             raise ValueError(f"the weight of {conv} holds NaN or infinite values and cannot be factorised")
         # float32 at least: half precision has no linear algebra, and its rounding would enter the factors twice.
-        kernel = grouped(widened(conv.weight.detach()), layer.groups).contiguous()
+        kernel = grouped(widened(conv.weight.detach()), layer.groups, layer.transposed).contiguous()
         if known is not None:
             kernel = whitened(kernel, *known.roots(mix_channels=form.expands)).to(kernel.dtype)
         kernels.append(kernel)

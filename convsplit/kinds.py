@@ -1,7 +1,7 @@
-"""Kinds of convolution modules: which are known, and the plain `Conv2d` each of them equals.
+"""Kinds of convolution modules: which are known, and the plain convolution each of them equals.
 
-A subclass of `Conv2d` may pad its input or compute its weight in `forward`, so only exact types are trusted: `Conv2d`
-itself and the types in a registry, each with a handler that turns a module into the plain convolution it equals.
+A subclass of `Conv2d` may pad its input or compute its weight in `forward`, so only exact types are trusted: those of
+torch and the types in a registry, each with a handler that turns a module into the plain convolution it equals.
 A weight that is computed at every call (parametrizations, weight_norm, spectral_norm, pruning masks, standardised
 weights) is never mistaken for the stored one: the plain convolution holds the weight that runs in eval mode.
 """
@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from convsplit.layers.stages import PaddedConv2d, SamePad2d
-from convsplit.spec import ConvSpec, Pair, padding_around
+from convsplit.spec import CONVOLUTIONS, Axes, Convolution, ConvSpec, padding_around
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Equivalent:
     weight at every call; it is empty for a weight that is stored.
     """
 
-    conv: nn.Conv2d
+    conv: Convolution
     pad: nn.Module | None = None
     computed: str = ""
 
 
-Handler = Callable[[Any], Equivalent | nn.Conv2d | str]
+Handler = Callable[[Any], Equivalent | Convolution | str]
+
+_AXES = ("1d", "2d", "3d")  # what names of classes end in
 
 _handlers: dict[type[nn.Module] | str, Handler] = {}
 
@@ -49,9 +51,10 @@ def register(kind: type[nn.Module] | str, handler: Handler) -> None:
     Args:
         kind: the exact type (subclasses of it are not meant), or its full name, `"package.module.Class"`, where the
             package may not be installed.
-        handler: takes a module of that type and returns what it equals: a `Conv2d` with its weight, bias and numbers
-            (the module itself where the subclass changes no computation), an `Equivalent` where the input is padded
-            first or the weight is computed at every call, or a string that says why this module is to be left alone.
+        handler: takes a module of that type and returns what it equals: a `Conv2d`, or another of torch's convolutions,
+            with its weight, bias and numbers (the module itself where the subclass changes no computation), an
+            `Equivalent` where the input is padded first or the weight is computed at every call, or a string that says
+            why this module is to be left alone.
 
     A later registration of the same type replaces the earlier one.
 
@@ -63,10 +66,10 @@ def register(kind: type[nn.Module] | str, handler: Handler) -> None:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is some kind of 2-d convolution, known or not."""
+    """Whether a module is some kind of convolution, known or not."""
     if isinstance(module, torch.jit.ScriptModule):
-        return bool(getattr(module, "original_name", "") == "Conv2d")
-    return isinstance(module, nn.Conv2d) or _handler_of(module) is not None or _is_quantised(module)
+        return getattr(module, "original_name", "") in {kind.__name__ for kind in CONVOLUTIONS.values()}
+    return isinstance(module, Convolution) or _handler_of(module) is not None or _is_quantised(module)
 
 
 def equivalent(module: nn.Module) -> Equivalent | str:
@@ -84,13 +87,13 @@ def equivalent(module: nn.Module) -> Equivalent | str:
         return "its forward was replaced on the instance"
     computed = _computed(module)
     found = handler(_settled(module) if computed else module)
-    if isinstance(found, nn.Conv2d):
+    if isinstance(found, Convolution):
         found = Equivalent(found)
     return replace(found, computed=found.computed or computed) if isinstance(found, Equivalent) else found
 
 
-def plain_conv(module: Any, *, weight: Tensor | None = None, padding: Pair | str | None = None) -> nn.Conv2d:
-    """A `Conv2d` with the numbers, the parameters and the train flag of a module that has the attributes of one.
+def plain_conv(module: Any, *, weight: Tensor | None = None, padding: Axes | str | None = None) -> Convolution:
+    """A plain convolution with the numbers, the parameters and the train flag of a module with the attributes of one.
 
     Parameters are shared, not copied. `weight` and `padding` may be given instead of the module's own.
     """
@@ -99,7 +102,7 @@ def plain_conv(module: Any, *, weight: Tensor | None = None, padding: Pair | str
     conv = replace(spec, padding=spec.padding if padding is None else padding).conv()
     own = [parameter for name, parameter in module.named_parameters() if name != "bias"]
     conv.weight = _as_parameter(weight, any(parameter.requires_grad for parameter in own))
-    conv.bias = None if bias is None else _as_parameter(bias, bias.requires_grad)
+    conv.register_parameter("bias", None if bias is None else _as_parameter(bias, bias.requires_grad))
     return conv.train(module.training)
 
 
@@ -123,16 +126,17 @@ def _unknown(module: nn.Module) -> str:
         return f"{kind.__name__} has no weight yet: run the model once first"
     if _is_quantised(module):
         return f"{kind.__name__} is quantised: convert before quantising"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, Convolution):
+        plain = next(each.__name__ for each in CONVOLUTIONS.values() if isinstance(module, each))
         return (
-            f"{kind.__module__}.{kind.__qualname__} may compute more than Conv2d does (see convsplit.kinds.register)"
+            f"{kind.__module__}.{kind.__qualname__} may compute more than {plain} does (see convsplit.kinds.register)"
         )
     return f"a {kind.__name__} is no convolution"
 
 
 def _is_quantised(module: nn.Module) -> bool:
     kind = type(module)
-    return kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__ and kind.__name__.endswith("2d")
+    return kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__ and kind.__name__[-2:] in _AXES
 
 
 def _computed(module: nn.Module) -> str:
@@ -167,7 +171,7 @@ def _as_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad)
 
 
-def _conv2d(conv: nn.Conv2d) -> nn.Conv2d | str:
+def _plain(conv: Convolution) -> Convolution | str:
     if _computed(conv):
         return plain_conv(conv)
     if not isinstance(conv._parameters.get("weight"), nn.Parameter):
@@ -177,9 +181,9 @@ def _conv2d(conv: nn.Conv2d) -> nn.Conv2d | str:
     return f"holds more than a weight and a bias: {', '.join(extra)}" if extra else _with_numbers_that_run(conv)
 
 
-def _with_numbers_that_run(conv: nn.Conv2d) -> nn.Conv2d | str:
+def _with_numbers_that_run(conv: Convolution) -> Convolution | str:
     """The same convolution, rebuilt where attributes were left behind when its weight or its padding was exchanged."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "output_padding")
     plain = plain_conv(conv)
     if padding_around(plain) != padding_around(conv):
         return "its padding was changed after construction, and is not what runs: build it with the padding you want"
@@ -208,7 +212,8 @@ def _standardised(conv: Any) -> Equivalent:
     return Equivalent(plain, pad, f"{type(conv).__name__} standardises its weight at every call")
 
 
-register(nn.Conv2d, _conv2d)
+for _class in CONVOLUTIONS.values():
+    register(_class, _plain)
 register(PaddedConv2d, _padded)
 register("timm.layers.conv2d_same.Conv2dSame", _same)
 for _kind in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"):

@@ -9,13 +9,14 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from convsplit.api import make_plan
 from convsplit.model.copies import deep_copy
-from convsplit.model.graphs import attribute, conv2d_arguments, functional_spec
+from convsplit.model.graphs import attribute, conv_arguments, functional_spec
 from convsplit.model.running import Batch
 from convsplit.rewrite import apply_plan
+from convsplit.spec import Convolution
 
 
 class SplitConv2d(PassBase):
-    """Split the convolutions of a GraphModule: its `Conv2d` modules, and each `F.conv2d` whose weight is a parameter.
+    """Split the convolutions of a GraphModule: its modules, and each `F.conv2d` (or like) whose weight is a parameter.
 
     Args:
         example_inputs and keyword arguments: as for `convsplit.convert`, such as `budget`, `rank` or `skip`.
@@ -63,7 +64,7 @@ class SplitConv2d(PassBase):
 def _lift_functional(graph_module: fx.GraphModule, names: set[str] | None = None) -> None:
     """Make modules of the `F.conv2d` nodes whose weight and bias are parameters; of those `names` only, if given."""
     for node in list(graph_module.graph.nodes):
-        conv, arguments, name = _as_module(graph_module, node), conv2d_arguments(node), f"{node.name}_module"
+        conv, arguments, name = _as_module(graph_module, node), conv_arguments(node), f"{node.name}_module"
         if conv is None or arguments is None or (names is not None and name not in names):
             continue
         graph_module.add_submodule(name, conv)
@@ -73,9 +74,9 @@ def _lift_functional(graph_module: fx.GraphModule, names: set[str] | None = None
     graph_module.recompile()
 
 
-def _as_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | None:
-    """The `Conv2d` that an `F.conv2d` node equals; None for other nodes and where weight or numbers are computed."""
-    arguments = conv2d_arguments(node)
+def _as_module(graph_module: fx.GraphModule, node: fx.Node) -> Convolution | None:
+    """The convolution that an `F.conv2d` node equals; None for other nodes and where weight or numbers are computed."""
+    arguments = conv_arguments(node)
     if arguments is None:
         return None
     weight, bias = (_parameter(graph_module, arguments[key]) for key in ("weight", "bias"))
@@ -85,7 +86,8 @@ def _as_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | None:
     if spec is None:
         return None
     conv = spec.conv()
-    conv.weight, conv.bias = weight, bias
+    conv.weight = weight
+    conv.register_parameter("bias", bias)
     return conv.train(graph_module.training)
 
 

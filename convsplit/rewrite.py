@@ -17,7 +17,7 @@ from convsplit.data.moments import Marginals
 from convsplit.forms import CP
 from convsplit.initialise import initialise_each
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv, SeparableConv2d
 from convsplit.model.copies import deep_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.parallel import in_batches
@@ -70,7 +70,7 @@ def apply_plan(
         marginals: of each layer's inputs, the metric in which it is factorised.
 
     Returns:
-        a module of the model's own class, with `SeparableConv2d` under the names of the layers they replace. Forward
+        a module of the model's own class, with `SeparableConv` layers under the names of those they replace. Forward
         hooks and attributes of those layers go along.
 
     Warns:
@@ -106,22 +106,22 @@ def apply_plan(
     return _copy_with(model, replacements)
 
 
-def _kind(layer: SeparableConv2d) -> tuple[object, ...]:
+def _kind(layer: SeparableConv) -> tuple[object, ...]:
     """What layers that are factorised together have in common; their ranks are close, as zeros fill them up."""
     spec, closeness = layer.spec, round(3 * math.log2(layer.components))
     channels = spec.in_channels, spec.out_channels, spec.groups, spec.positions
-    return layer.form, closeness, *channels, layer.depthwise.weight.dtype, layer.depthwise.weight.device
+    return layer.form, closeness, *channels, layer.geometry.weight.dtype, layer.geometry.weight.device
 
 
 @plain_arithmetic()
 def merge(model: M) -> M:
-    """A deep copy of a converted model with every split layer merged back into one `Conv2d`; exact to rounding.
+    """A deep copy of a converted model with every split layer merged back into one convolution; exact to rounding.
 
     >>> layer = SeparableConv2d(4, 8, 3)
     >>> type(merge(nn.Sequential(layer))[0]).__name__
     'Conv2d'
     """
-    split = {name: m for name, m in model.named_modules() if isinstance(m, SeparableConv2d)}
+    split = {name: m for name, m in model.named_modules() if isinstance(m, SeparableConv)}
     return _copy_with(model, {name: layer.merged() for name, layer in split.items()})
 
 
@@ -133,7 +133,7 @@ def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
         module = modules.get(layer.name)
         if module is None or not is_convolution(module):
             found = "no such module" if module is None else f"a {type(module).__name__}"
-            raise ValueError(f"the plan splits {layer.name!r}, a Conv2d; the model has {found} there")
+            raise ValueError(f"the plan splits {layer.name!r}, a convolution; the model has {found} there")
         original = equivalent(module)
         if isinstance(original, str):
             raise ValueError(f"the plan splits {layer.name!r}, but in this model: {original}")
@@ -144,11 +144,11 @@ def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
     return originals
 
 
-def _empty(original: Equivalent, layer: PlannedLayer) -> SeparableConv2d:
+def _empty(original: Equivalent, layer: PlannedLayer) -> SeparableConv:
     option = layer.option
     assert option is not None
     assert option.structure is not None
-    empty = SeparableConv2d.empty_like(original.conv, **vars(option.structure), pad=copy.deepcopy(original.pad))
+    empty = SeparableConv.empty_like(original.conv, **vars(option.structure), pad=copy.deepcopy(original.pad))
     empty.arrangement = option.arrangement
     return empty
 

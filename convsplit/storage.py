@@ -2,7 +2,7 @@
 
 The file holds the tensors of the state_dict and, as JSON in the header, a description: which layers are split and
 how (read off the live layers, so that a refit or an edit by hand is stored as it is), versions, and a fingerprint
-of the architecture with every split layer seen as the `Conv2d` it replaces. Nothing in the file is executed, and
+of the architecture with every split layer seen as the convolution it replaces. Nothing in the file is executed, and
 no number in it makes memory be taken before it was held against the model and against what the file really holds.
 """
 
@@ -28,11 +28,11 @@ from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.files import write_whole
 from convsplit.forms import FORMS
 from convsplit.kinds import equivalent
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.layers.stages import ChannelIndex
 from convsplit.model.copies import deep_copy
 from convsplit.rewrite import apply_plan
-from convsplit.spec import ConvSpec
+from convsplit.spec import CONVOLUTIONS, ConvSpec
 from convsplit.structure import Structure
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,7 +56,7 @@ class StoredLayer:
     even: bool
 
     @classmethod
-    def of(cls, name: str, layer: SeparableConv2d) -> StoredLayer:
+    def of(cls, name: str, layer: SeparableConv) -> StoredLayer:
         """Describe a live layer; its numbers are looked up where they run, since a refit may have added a bias."""
         return cls(
             name, layer.spec.to_json(), _printed(layer.stages.get("pad")), layer.form, layer.components, layer.even
@@ -87,7 +87,7 @@ def save(converted: nn.Module, path: str | Path) -> None:
     """Write a converted model to one safetensors file, whole or not at all.
 
     Args:
-        converted: a model with `SeparableConv2d` layers, also after a refit, fine-tuning or an edit by hand.
+        converted: a model with `SeparableConv` layers, also after a refit, fine-tuning or an edit by hand.
         path: the file; an existing one is replaced in one step, so an interrupted save leaves it as it was.
 
     Raises:
@@ -122,9 +122,9 @@ def save_folder(converted: nn.Module, folder: str | Path, *, config: Mapping[str
     Raises:
         ValueError: as `save`; also where `config` does not go into JSON.
 
-    >>> import tempfile
+    >>> import convsplit, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_folder(nn.Sequential(SeparableConv2d(3, 8, 3)), folder, config={"classes": 10})
+    ...     save_folder(nn.Sequential(convsplit.SeparableConv2d(3, 8, 3)), folder, config={"classes": 10})
     ...     sorted(path.name for path in Path(folder).iterdir())
     ['config.json', 'model.safetensors']
     """
@@ -252,12 +252,12 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> Description:
     return Description(_versions(), fingerprint, modules, stored, shared)
 
 
-def _split_layers(model: nn.Module) -> dict[str, SeparableConv2d]:
+def _split_layers(model: nn.Module) -> dict[str, SeparableConv]:
     """The split layers by their first names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SeparableConv2d)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SeparableConv)}
 
 
-def _check_rebuildable(name: str, layer: SeparableConv2d) -> None:
+def _check_rebuildable(name: str, layer: SeparableConv) -> None:
     """Refuse at once what `load` would refuse when it is too late: stages that are not what the layer says."""
     spec, built = layer.spec, layer.built_spec
     if spec != built:
@@ -266,7 +266,7 @@ def _check_rebuildable(name: str, layer: SeparableConv2d) -> None:
             f"{spec}, was made with {built}. Make that change in the model before converting it"
         )
     components = None if layer.even else layer.components
-    twin = SeparableConv2d(**vars(spec), device="meta", form=layer.form, rank=layer.rank, components=components)
+    twin = SeparableConv.of(spec, device="meta", form=layer.form, rank=layer.rank, components=components)
     expected, found = _shapes(twin.state_dict()), _shapes(layer.state_dict())
     if expected != found:
         raise ValueError(
@@ -296,15 +296,16 @@ def _versions() -> dict[str, str]:
 def _architecture(model: nn.Module, split: Iterable[str]) -> tuple[dict[str, str], str]:
     """Names and classes of all modules, and a hash over them and the shapes of all tensors.
 
-    The modules named in `split` count as the `Conv2d` they were or will be, without bias because a refit adds
+    The modules named in `split` count as the convolution they were or will be, without bias because a refit adds
     one; so a converted model and the model it came from give the same.
     """
     named = dict(model.named_modules(remove_duplicate=False))
     specs = {id(named[name]): spec for name in split if name in named and (spec := _spec(named[name])) is not None}
     convs = {name: specs[id(module)] for name, module in named.items() if id(module) in specs}
+    classes = {name: CONVOLUTIONS[spec.axes, spec.transposed].__name__ for name, spec in convs.items()}
     insides = tuple(f"{name}." if name else "" for name in convs)
     modules = {
-        name: "Conv2d" if name in convs else type(module).__name__
+        name: classes.get(name, type(module).__name__)
         for name, module in named.items()
         if name in convs or not name.startswith(insides)
     }
@@ -417,7 +418,7 @@ def _layer_problems(model: nn.Module, layers: Iterable[StoredLayer], tensors: Ma
         owner = owners.setdefault(id(module), layer.name)
         if owner != layer.name:
             yield f"{layer.name!r} and {owner!r} are one module in the model, two in the file"
-        elif isinstance(module, SeparableConv2d):
+        elif isinstance(module, SeparableConv):
             same = replace(StoredLayer.of(layer.name, module), spec=layer.spec) == layer
             if not same or not _same_spec(layer, module.spec):
                 yield f"{layer.name!r} is already split in the model, and otherwise: {module}"
@@ -434,7 +435,7 @@ def _layer_problems(model: nn.Module, layers: Iterable[StoredLayer], tensors: Ma
 
 def _spec(module: nn.Module) -> ConvSpec | None:
     """The numbers of a split layer, or of the plain convolution that a module equals."""
-    if isinstance(module, SeparableConv2d):
+    if isinstance(module, SeparableConv):
         return module.spec
     original = equivalent(module)
     return None if isinstance(original, str) else ConvSpec.of(original.conv)
@@ -479,11 +480,11 @@ def _rebuild(model: M, layers: Iterable[StoredLayer]) -> M:
     """A copy of the model with empty split layers."""
     named = dict(model.named_modules(remove_duplicate=False))
     first_names = {id(module): name for name, module in model.named_modules()}
-    missing = [layer for layer in layers if not isinstance(named[layer.name], SeparableConv2d)]
+    missing = [layer for layer in layers if not isinstance(named[layer.name], SeparableConv)]
     planned = (_planned(layer, first_names[id(named[layer.name])], named[layer.name]) for layer in missing)
     rebuilt = apply_plan(model, Plan(tuple(planned), model_params=0), initialise=False, progress=False)
     for layer in layers:
-        _give_bias(cast(SeparableConv2d, rebuilt.get_submodule(layer.name)), layer.bias)
+        _give_bias(cast(SeparableConv, rebuilt.get_submodule(layer.name)), layer.bias)
     return rebuilt
 
 
@@ -494,7 +495,7 @@ def _planned(layer: StoredLayer, name: str, conv: nn.Module) -> PlannedLayer:
     return PlannedLayer(name, spec, option=Option(structure, structure.params(spec), macs=None, error=None))
 
 
-def _give_bias(layer: SeparableConv2d, bias: bool) -> None:
+def _give_bias(layer: SeparableConv, bias: bool) -> None:
     """Make the last stage have a bias or none, as the file says."""
     if bias == (layer.bias is not None):
         return
@@ -562,7 +563,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     nn.Module.load_state_dict(model, state)
 
 
-def _channel_problems(name: str, layer: SeparableConv2d, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _channel_problems(name: str, layer: SeparableConv, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Channels outside of their group would read or write where they must not."""
     prefix = f"{name}." if name else ""
     for key, stage in layer.stages.items():

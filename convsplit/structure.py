@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convsplit.forms import FORMS, Form, form_named
-from convsplit.spec import ConvSpec, Pair
+from convsplit.spec import Axes, ConvSpec
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Structure:
         """Parameters of the stages, without bias."""
         return form_named(self.form).params(spec, self.components)
 
-    def macs(self, spec: ConvSpec, input_hw: Pair, output_hw: Pair) -> int:
+    def macs(self, spec: ConvSpec, input_size: Axes, output_size: Axes) -> int:
         """MACs of the stages for one image."""
-        return form_named(self.form).macs(spec, self.components, input_hw, output_hw)
+        return form_named(self.form).macs(spec, self.components, input_size, output_size)
 
     def __str__(self) -> str:
         return f"{self.form} {self.components}{'' if self.even else ' uneven'}"

@@ -36,7 +36,7 @@ from convsplit.data.batches import Checked, checked_batches, hold_out
 from convsplit.data.moments import Marginals, measure_marginals
 from convsplit.data.sensitivity import measure_gains
 from convsplit.forms import CP
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.measure.speed import PREFERENCES, choose_by_time
 from convsplit.measure.stopwatch import Stopwatch
 from convsplit.model.copies import scratch_copy
@@ -212,7 +212,7 @@ class Study(Tabular, Generic[M]):
             raise ValueError(f"give one of budget=, rank= and exact=, not {' and '.join(asked)}")
         check_rank(rank)
         budget = budget if asked else HALF
-        if all(site.other for site in self.sites):
+        if not self.sites:
             warn(_nothing_found(self.model))
         timed = prefer == "speed" or (budget is not None and budget.kind == "latency")
         _check_preference(prefer, timed, budget, self.example_inputs)
@@ -517,11 +517,9 @@ def _check_preference(prefer: str, timed: bool, budget: Budget | None, example_i
 
 
 def _nothing_found(model: nn.Module) -> str:
-    if any(isinstance(module, SeparableConv2d) for module in model.modules()):
+    if any(isinstance(module, SeparableConv) for module in model.modules()):
         return f"all convolutions of {type(model).__name__} are split already: the result is a plain copy"
-    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)})
-    text = f"no Conv2d found in {type(model).__name__}: the result is a plain copy"
-    return f"{text} (there are {', '.join(others)}, which convsplit leaves alone)" if others else text
+    return f"no convolution found in {type(model).__name__}: the result is a plain copy"
 
 
 def _record(site: Site) -> dict[str, Any]:

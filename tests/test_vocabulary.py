@@ -12,9 +12,9 @@ from convsplit import finetune, kinds, measure, passes, repair, storage
 from convsplit.studies import Study, StudyOptions
 
 PUBLIC = {
-    "convert", "make_plan", "apply_plan", "study", "Study", "Budget", "Plan", "SeparableConv2d", "refit", "reconstruct",
-    "distill", "compare", "merge", "save", "load", "for_inference", "Stopwatch", "frontier", "bench",
-    "ConversionWarning",
+    "convert", "make_plan", "apply_plan", "study", "Study", "Budget", "Plan", "SeparableConv", "SeparableConv2d",
+    "refit", "reconstruct", "distill", "compare", "merge", "save", "load", "for_inference", "Stopwatch", "frontier",
+    "bench", "ConversionWarning",
 }  # fmt: skip
 FUNCTIONS = [
     *(getattr(convsplit, name) for name in sorted(PUBLIC - {"ConversionWarning"})), repair.recalibrate,

@@ -95,9 +95,9 @@ def find_menus(
 
 def _kind(site: Site) -> tuple[object, ...]:
     """What layers whose kernels are fitted together have in common."""
-    weight = _weight(site)
-    assert site.spec is not None
-    return site.spec.groups, *weight.shape[:2], site.spec.positions, weight.dtype, weight.device
+    weight, spec = _weight(site), site.spec
+    assert spec is not None
+    return spec.groups, spec.out_channels, spec.in_channels, spec.positions, weight.dtype, weight.device
 
 
 def exact_menus(sites: Iterable[Site], forms: Sequence[Form] = tuple(FORMS.values())) -> list[Menu]:
@@ -146,7 +146,7 @@ def _menus(
     """The menus of sites whose kernels have one shape."""
     spec = sites[0].spec
     assert spec is not None
-    kernels = [grouped(widened(_weight(site)), spec.groups).contiguous() for site in sites]
+    kernels = [grouped(widened(_weight(site)), spec.groups, spec.transposed).contiguous() for site in sites]
     options: list[list[Option]] = [[] for _ in sites]
     fits: list[tuple[CP, ...]] = [() for _ in sites]
     for form in forms:
@@ -196,20 +196,22 @@ def _macs(site: Site, structure: Structure | None) -> int | None:
     if not calls:
         return None
     if structure is None:
-        return macs_per_input(calls, lambda use: spec.macs(use.output_hw))
-    return macs_per_input(calls, lambda use: structure.macs(spec, use.input_hw, use.output_hw))
+        return macs_per_input(calls, spec.axes, lambda *sizes: spec.macs(spec.slides_over(*sizes)))
+    return macs_per_input(calls, spec.axes, lambda *sizes: structure.macs(spec, *sizes))
 
 
 def _costs_less(site: Site, option: Option, dense: Option) -> bool:
-    """Fewer parameters and fewer MACs; where no inputs tell the shapes, for one position of the output.
+    """Fewer parameters and fewer MACs; where no inputs tell the shapes, for one position that the kernel is at.
 
-    A first pointwise stage runs at the input's size, stride x stride times for each position of the output.
+    The map on the other side has stride x stride positions for each of them, and so often a pointwise stage runs there.
     """
     spec, structure = site.spec, option.structure
     assert spec is not None
     assert structure is not None
     if option.macs is None or dense.macs is None:
-        fewer_macs = structure.macs(spec, spec.stride, (1, 1)) < spec.macs((1, 1))
+        one = (1,) * spec.axes
+        sizes = (one, spec.stride) if spec.transposed else (spec.stride, one)
+        fewer_macs = structure.macs(spec, *sizes) < spec.macs(one)
     else:
         fewer_macs = option.macs < dense.macs
     return option.params < dense.params and fewer_macs
@@ -222,7 +224,9 @@ def unless_measured(site: Site) -> Site:
     measured time can recommend it.
     """
     spec = site.spec
-    if spec is None or not site.splittable or any(s < k for s, k in zip(spec.stride, spec.kernel_size, strict=True)):
+    if spec is None or not site.splittable or spec.transposed:
+        return site
+    if any(s < k for s, k in zip(spec.stride, spec.kernel_size, strict=True)):
         return site
     return replace(site, reason='a patch embedding (stride >= kernel): split with prefer="speed", where it is faster')
 

@@ -38,7 +38,7 @@ from convsplit.cli.completion import SHELLS, completion_script
 from convsplit.cli.inspection import inspect_file
 from convsplit.cli.output import print_json, terminal_width, write, write_whole
 from convsplit.cli.parser import command
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.measure.bench import LAYOUTS, Bench
 from convsplit.measure.speed import PREFERENCES
 from convsplit.repair.refitting import refit as refit_layers
@@ -169,7 +169,7 @@ def merge(args: Namespace) -> None:
     """
     _check_suffix(args.out, WEIGHT_FILES)
     converted = load(args.converted, model_of(args))
-    layers = sum(isinstance(module, SeparableConv2d) for module in converted.modules())
+    layers = sum(isinstance(module, SeparableConv) for module in converted.modules())
     state = {key: value.contiguous().clone() for key, value in merge_layers(converted).state_dict().items()}
     store = save_file if args.out.suffix == ".safetensors" else torch.save
     write_whole(args.out, lambda path: store(state, path))

@@ -20,44 +20,120 @@ from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 from convsplit.model.values import tensors_in
 from convsplit.precision import widened
-from convsplit.spec import Pair, padding_around
+from convsplit.spec import Axes, Convolution, axes_of, padding_around, per_axis
 
 POSITIONS_PER_UNKNOWN = 200
 ROUNDING = 1e-12  # of the energy of patches: what is left of it once their mean is taken off equal ones
 SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3
 
 
-def padded(geometry: nn.Conv2d, x: Tensor) -> Tensor:
+def padded(geometry: Convolution, x: Tensor) -> Tensor:
     """The input with the convolution's own padding, in its padding mode."""
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
     return F.pad(x, padding_around(geometry), mode=mode)
 
 
 def sampled_patches(
-    geometry: nn.Conv2d, groups: int, inputs: Tensor, output_hw: Sequence[int], step: Pair, index: int
+    geometry: Convolution, groups: int, inputs: Tensor, output_size: Sequence[int], step: Axes, index: int
 ) -> Tensor:
-    """Patches [G, P, n] of inputs [N, I, H, W] at every `step`-th position of each axis; `index` shifts the grid."""
-    top, left = _corner(output_hw, step, index)
-    stride_y, stride_x = geometry.stride
-    shifted = padded(geometry, widened(inputs))[:, :, top * stride_y :, left * stride_x :]
-    stride = (step[0] * stride_y, step[1] * stride_x)
-    patches = F.unfold(shifted, geometry.kernel_size, dilation=geometry.dilation, stride=stride)
-    return patches.transpose(0, 1).reshape(groups, patches.shape[1] // groups, -1)
+    """Patches [G, P, n] of inputs [N, I, H, W] for every `step`-th tile of outputs of each axis.
+
+    `index` shifts the grid. Tiles are single positions but in transposed convolutions: see `tile_of`.
+    """
+    found = _patches_transposed if geometry.transposed else _patches
+    patches = found(geometry, widened(inputs), output_size, step, index)
+    return patches.reshape(groups, patches.shape[0] * patches.shape[1] // groups, -1)
 
 
-def sampled_outputs(outputs: Tensor, step: Pair, index: int) -> Tensor:
+def sampled_outputs(outputs: Tensor, step: Axes, index: int, tile: Axes) -> Tensor:
     """Outputs [N, O, H', W'] at the positions of `sampled_patches`, as [O, n]."""
-    top, left = _corner(outputs.shape[-2:], step, index)
-    kept = widened(outputs)[:, :, top :: step[0], left :: step[1]]
+    kept = widened(outputs)
+    for axis, positions in enumerate(_positions(outputs.shape[2:], step, index, tile), start=2):
+        if isinstance(positions, slice):
+            kept = kept[(slice(None),) * axis + (positions,)]
+        else:
+            kept = kept.index_select(axis, positions.to(kept.device))
     return kept.flatten(2).transpose(0, 1).flatten(1)
 
 
-def _corner(output_hw: Sequence[int], step: Pair, index: int) -> Pair:
-    """Where the grid of positions begins; processes that deal out batches in turn take the corners of one alone."""
-    height, width = output_hw
+def tile_of(geometry: Convolution) -> Axes:
+    """How many outputs in a row see different positions of the kernel: in transposed convolutions one in each phase.
+
+    A grid of single positions with the stride's step would look at one phase alone.
+    """
+    axes = axes_of(geometry)
+    return per_axis(geometry.stride, axes) if geometry.transposed else (1,) * axes
+
+
+def _patches(geometry: Convolution, inputs: Tensor, output_size: Sequence[int], step: Axes, index: int) -> Tensor:
+    """[I, K, n]: windows that are views of the padded input, copied once."""
+    x, axes = padded(geometry, inputs), len(step)
+    kernel, stride, dilation = _geometry(geometry)
+    for axis, first in enumerate(_corner(output_size, step, index)):
+        x = x[(slice(None),) * (2 + axis) + (slice(first * stride[axis], None),)]
+        x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, step[axis] * stride[axis])
+        x = x[..., :: dilation[axis]]
+    channel, image, outputs = 1, 0, range(2, 2 + axes)
+    x = x.permute(channel, *range(2 + axes, 2 + 2 * axes), image, *outputs)
+    return x.reshape(x.shape[0], math.prod(kernel), -1)
+
+
+def _patches_transposed(
+    geometry: Convolution, inputs: Tensor, output_size: Sequence[int], step: Axes, index: int
+) -> Tensor:
+    """[I, K, n]: output u sees at kernel position k the input t where stride t + dilation k - padding = u, if any."""
+    kernel, stride, dilation = _geometry(geometry)
+    assert not isinstance(geometry.padding, str)
+    padding = per_axis(geometry.padding, len(step))
+    x = F.pad(inputs, [0, 1] * len(step))  # what is read where there is no such input
+    for axis, outputs in enumerate(_positions(output_size, step, index, stride)):
+        size = inputs.shape[2 + axis]
+        if isinstance(outputs, slice):
+            outputs = torch.arange(output_size[axis], device="cpu")[outputs]
+        ahead = outputs + padding[axis] - dilation[axis] * torch.arange(kernel[axis], device="cpu").unsqueeze(1)
+        seen = ahead.div(stride[axis], rounding_mode="floor")
+        seen = torch.where((ahead % stride[axis] == 0) & (seen >= 0) & (seen < size), seen, size)
+        read = x.index_select(2 + 2 * axis, seen.flatten().to(x.device))
+        x = read.reshape(*x.shape[: 2 + 2 * axis], *seen.shape, *x.shape[3 + 2 * axis :])
+    around = range(2, 2 + 2 * len(step))  # kernel and output positions in turns
+    x = x.permute(1, *around[::2], 0, *around[1::2])
+    return x.reshape(x.shape[0], math.prod(kernel), -1)
+
+
+def _geometry(conv: Convolution) -> tuple[Axes, Axes, Axes]:
+    """Kernel size, stride and dilation."""
+    axes = axes_of(conv)
+    return (
+        per_axis(conv.kernel_size, axes),
+        per_axis(conv.stride, axes),
+        per_axis(conv.dilation, axes),
+    )
+
+
+def _positions(output_size: Sequence[int], step: Axes, index: int, tile: Axes) -> list[slice | Tensor]:
+    """Of each axis, the positions of outputs that are looked at."""
+    corner = _corner(tiles(output_size, tile), step, index)
+    found: list[slice | Tensor] = []
+    for size, apart, first, width in zip(output_size, step, corner, tile, strict=True):
+        every = torch.arange(size, device="cpu")
+        found.append(slice(first, None, apart) if width == 1 else every[every // width % apart == first])
+    return found
+
+
+def tiles(output_size: Sequence[int], tile: Axes) -> Axes:
+    """How many tiles an output has in each axis; the last one may stick out."""
+    return tuple(-(-size // width) for size, width in zip(output_size, tile, strict=True))
+
+
+def _corner(sizes: Sequence[int], step: Axes, index: int) -> Axes:
+    """Where the grid begins; processes that deal out batches in turn take the corners of one alone."""
     if is_shared():
         index = index * distributed.get_world_size() + distributed.get_rank()
-    return min(index // step[1] % step[0], height - 1), min(index % step[1], width - 1)
+    corner = []
+    for size, apart in zip(reversed(sizes), reversed(step), strict=True):
+        corner.append(min(index % apart, size - 1))
+        index //= apart
+    return tuple(reversed(corner))
 
 
 @dataclass(frozen=True)
@@ -102,7 +178,7 @@ def whitened(kernel: Tensor, channels: Root, positions: Root) -> Tensor:
 
 @torch.no_grad()
 def measure_marginals(
-    model: nn.Module, convs: Mapping[str, nn.Conv2d], batches: Sequence[Batch], forward: Forward | None = None
+    model: nn.Module, convs: Mapping[str, Convolution], batches: Sequence[Batch], forward: Forward | None = None
 ) -> dict[str, Marginals]:
     """Marginals at all the named layers, in one forward pass over the batches.
 
@@ -120,11 +196,11 @@ def measure_marginals(
     def watch(name: str, given: Given, output: Any) -> None:
         conv, x, y = convs[name], given.tensor, next(tensors_in(output))
         assert x is not None
-        if x.dim() == 3:
+        if x.dim() == axes_of(conv) + 1:
             x, y = x.unsqueeze(0), y.unsqueeze(0)
-        positions = math.prod(conv.kernel_size)
-        step = thinning(y.shape[-2:], y.shape[0] * count, conv.in_channels, positions, limit=SAMPLE_BYTES // 4)
-        patches = sampled_patches(conv, conv.groups, x, y.shape[-2:], step, seen[name])
+        positions, size, limit = math.prod(conv.kernel_size), y.shape[2:], SAMPLE_BYTES // 4
+        step = thinning(size, y.shape[0] * count, conv.in_channels, positions, limit, tile_of(conv))
+        patches = sampled_patches(conv, conv.groups, x, size, step, seen[name])
         seen[name] += 1
         patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
         centred = patches - patches.mean((2, 3), keepdim=True)
@@ -151,16 +227,20 @@ def _varies(moment: Tensor) -> bool:
 
 
 def thinning(
-    output_hw: Sequence[int], images: int, channels: int, positions: int = 1, limit: int = SAMPLE_BYTES
-) -> Pair:
-    """How far apart positions of outputs may lie in each axis, so that enough remain of `images` (in all processes).
+    output_size: Sequence[int], images: int, channels: int, positions: int = 1, limit: int = SAMPLE_BYTES,
+    tile: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """How far apart tiles of outputs may lie in each axis, so that enough remain of `images` (in all processes).
 
     Enough for each of `channels` unknowns, in float32 patches of `positions` values a channel that take `limit` bytes.
     """
-    height, width = output_hw
     affordable = limit / (4 * channels * positions)
-    everything = images * height * width
-    apart = everything / min(POSITIONS_PER_UNKNOWN * channels, affordable)
-    across = min(max(1, round(math.sqrt(apart))), width)
-    down = min(max(1, round(apart / across)), height)
-    return down, min(max(1, round(apart / down)), width)  # what a low map cannot give, a wide one can
+    apart = images * math.prod(output_size) / min(POSITIONS_PER_UNKNOWN * channels, affordable)
+    sizes = tiles(output_size, tile or (1,) * len(output_size))
+    steps: dict[int, int] = {}
+    backwards = range(len(sizes) - 1, -1, -1)
+    for axis in (*backwards, *backwards[:-1]):  # again: what a low map cannot give, a wide one can
+        others = math.prod(step for other, step in steps.items() if other != axis)
+        share = 1 / (len(sizes) - len(steps.keys() - {axis}))
+        steps[axis] = min(max(1, round((apart / others) ** share)), sizes[axis])
+    return tuple(steps[axis] for axis in range(len(sizes)))

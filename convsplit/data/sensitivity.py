@@ -21,6 +21,7 @@ from convsplit.data.processes import all_reduced_each
 from convsplit.model.copies import scratch_copy
 from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, call, tensors_in
+from convsplit.spec import axes_of
 
 IMAGES = 128  # more of them hardly change the moments
 DRAWS = 2  # directions per batch
@@ -46,13 +47,12 @@ def measure_sensitivity(
 
     def add(taps: Taps, output: Any) -> None:
         for name, _, gradient in _gradients(taps, output, seed):
-            # [N, O, ...] for a convolution; a linear layer has its channels last.
-            channels = 1 if gradient.dim() == 4 else gradient.dim() - 1 if gradient.dim() != 3 else 0
-            g = gradient.movedim(channels, 0).flatten(1).float()
+            g = gradient.movedim(-axes[name] - 1, 0).flatten(1).float()
             moment = (g @ g.mT).double()
             sums[name] = sums[name] + moment if name in sums else moment
 
     wanted = set(names)
+    axes = {name: axes_of(model.get_submodule(name)) for name in wanted}
     if not _run(model, wanted, batches, forward, add):
         return {}
     moments = all_reduced_each(sums, sorted(wanted))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from convsplit.data.walk import first_of, walk
 from convsplit.finetune.steps import Steps, start_lockstep
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.model.copies import scratch_copy
 from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, call, quiet_run, run_or_explain
@@ -43,7 +43,7 @@ class Block:
     """
 
     name: str
-    layers: tuple[SeparableConv2d, ...]
+    layers: tuple[SeparableConv, ...]
     modules: tuple[nn.Module, ...]
     run: Callable[[Tensor], Any]
     inputs: list[Tensor]
@@ -54,7 +54,7 @@ def walk_blocks(
     original: nn.Module, converted: nn.Module, batches: Sequence[Batch], forward: Forward | None
 ) -> tuple[int, Iterator[Block]]:
     """How many blocks there are, and each in the order of execution; the caller may change its split layers."""
-    split = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
+    split = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv)}
     started = start_lockstep(original, converted, batches, forward)
     if started is not None:
         nodes = started[1].nodes
@@ -107,7 +107,7 @@ def _layers_in(nodes: Sequence[fx.Node], split: dict[str, Any]) -> list[str]:
 
 
 def _by_spans(
-    before: Steps, after: Steps, spans: list[tuple[int, int]], split: dict[str, SeparableConv2d]
+    before: Steps, after: Steps, spans: list[tuple[int, int]], split: dict[str, SeparableConv]
 ) -> Iterator[Block]:
     done = 0
     for start, end in spans:
@@ -179,7 +179,7 @@ def _by_modules(
     with closing(stops):
         for stop in stops:
             module = converted.get_submodule(stop.name)
-            layers = tuple(m for m in module.modules() if isinstance(m, SeparableConv2d))
+            layers = tuple(m for m in module.modules() if isinstance(m, SeparableConv))
             pairs = [
                 (widened(x.clone()), widened(y.clone())) for x, y, _ in stop.values()
             ]  # may be worked on in place

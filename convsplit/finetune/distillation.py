@@ -25,7 +25,7 @@ from convsplit.files import write_whole
 from convsplit.finetune.blocks import find_modules
 from convsplit.finetune.groups import parameter_groups
 from convsplit.finetune.reconstruction import schedule
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import RandomState, plain_arithmetic, same_globals
 from convsplit.model.hooks import Given, hooked
@@ -231,7 +231,7 @@ class _Loss:
     ) -> None:  # fmt: skip
         self.student, self.teacher, self.forward, self.criterion = student, teacher, forward or call, criterion
         self.temperature, self.features = temperature, features
-        split = {name for name, m in student.named_modules() if isinstance(m, SeparableConv2d)}
+        split = {name for name, m in student.named_modules() if isinstance(m, SeparableConv)}
         self.watched = find_modules(student, split, example, forward) if features else []
         self.seen: dict[int, dict[str, Tensor]] = {id(student): {}, id(teacher): {}}
         self.energies: dict[str, Tensor] = {}
@@ -485,7 +485,7 @@ def _training(student: nn.Module, teacher: nn.Module, train: str, freeze_norms: 
             if _drops(module) or (isinstance(module, _BatchNorm) and not freeze_norms):
                 module.training = True
         if train == "split":
-            split = (layer for layer in student.modules() if isinstance(layer, SeparableConv2d))
+            split = (layer for layer in student.modules() if isinstance(layer, SeparableConv))
             own = {id(parameter) for layer in split for parameter in layer.parameters()}
             for parameter in student.parameters():
                 parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
+from convsplit.spec import Convolution
 
 
 def parameter_groups(
@@ -36,9 +37,9 @@ def parameter_groups(
     factors = {
         id(stage.weight)
         for layer in converted.modules()
-        if isinstance(layer, SeparableConv2d)
+        if isinstance(layer, SeparableConv)
         for stage in layer.stages.values()
-        if isinstance(stage, nn.Conv2d)
+        if isinstance(stage, Convolution)
     }
     trained = [parameter for parameter in converted.parameters() if parameter.requires_grad]
     if not trained:
@@ -61,7 +62,7 @@ def kernel_penalty(converted: nn.Module) -> Tensor:
     >>> bool(torch.isclose(kernel_penalty(model), model[0].weight.square().sum()))
     True
     """
-    kernels = [layer.weight for layer in converted.modules() if isinstance(layer, SeparableConv2d)]
+    kernels = [layer.weight for layer in converted.modules() if isinstance(layer, SeparableConv)]
     return torch.stack([kernel.square().sum() for kernel in kernels]).sum() if kernels else torch.zeros(())
 
 

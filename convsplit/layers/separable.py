@@ -1,20 +1,21 @@
-"""SeparableConv2d: a convolution written as depthwise and pointwise stages.
+"""Separable convolutions: one written as depthwise and pointwise stages, of one, two or three axes, transposed or not.
 
     dw-pw      depthwise I -> R   pointwise R -> O
     pw-dw      pointwise I -> R   depthwise R -> O
     pw-dw-pw   pointwise I -> R   depthwise R -> R   pointwise R -> O
 
-Every stage is a plain `nn.Conv2d` (so that quantisers, counters and fusers know what to do) that can be looked up
-by name: `pointwise_in`, `depthwise`, `pointwise_out`. Stride, padding, dilation and padding mode belong to the
-depthwise stage alone, and so does padding that depends on the input's size, which is a stage `pad` of its own. The
-bias belongs to the last stage: a bias before the depthwise stage would meet its zero padding and be wrong along the
-borders.
+Every stage is a plain convolution of torch (so that quantisers, counters and fusers know what to do) that can be looked
+up by name: `pointwise_in`, `depthwise`, `pointwise_out`. Stride, padding, dilation and padding mode belong to the
+depthwise stage alone, and so does padding that depends on the input's size, which is a stage `pad` of its own. Of a
+transposed convolution the depthwise stage is the transposed one. The bias belongs to the last stage: a bias before the
+depthwise stage would meet its zero padding and be wrong along the borders.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
 from convsplit.layers.kernel import kernel_of
 from convsplit.layers.stages import ChannelGather, ChannelIndex, ChannelSum, PaddedConv2d
 from convsplit.precision import widened
-from convsplit.spec import ConvSpec, PaddingMode, Pair, padding_around, pair
+from convsplit.spec import CONVOLUTIONS, Axes, Convolution, ConvSpec, PaddingMode, padding_around, per_axis
 from convsplit.structure import Structure
 
 # Ways to run the same stages; neither parameters nor their names depend on it (figures: benchmarks/results/latency.md).
@@ -38,50 +39,28 @@ from convsplit.structure import Structure
 ARRANGEMENTS = ("stages", "repeated", "by image")
 
 _CONVOLUTIONS = ("pointwise_in", "depthwise", "pointwise_out")
-_GEOMETRY = ("stride", "padding", "dilation", "padding_mode")  # what belongs to the depthwise stage alone
+_GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "output_padding")  # of the depthwise stage alone
 _STAGES = ("gather", "pointwise_in", "pad", "depthwise", "pointwise_out", "sum")
 
 
-class SeparableConv2d(nn.Module):
-    """A depthwise-separable convolution with the arguments and the metadata of `nn.Conv2d`.
+class SeparableConv(nn.Module):
+    """A depthwise-separable convolution: what the classes for each number of axes have in common.
 
-    Args:
-        form: `"dw-pw"`, `"pw-dw"` or `"pw-dw-pw"`.
-        rank: the depth multiplier of dw-pw and pw-dw (1 is the classical depthwise-separable convolution), the
-            number of components per group of pw-dw-pw (the CP rank). Default 1, except for pw-dw-pw.
-        components: instead of `rank`, R: the width of the depthwise stage. dw-pw and pw-dw may then give channels
-            unequal multiplicities, for any R that is a multiple of `groups`.
-        device, dtype and all others: as for `nn.Conv2d`.
-
-    Shape: input [N, in_channels, H, W], output [N, out_channels, H', W'] as for `nn.Conv2d`.
-
-    Raises:
-        ValueError: an unknown form, a rank below 1, components that do not fit the groups.
-
-    It is no `nn.Conv2d`: code that asks for one goes on to initialise, prune or quantise a stored weight, and finds the
-    stages, which are; `unused_layers` tells where a `forward` picks its layers that way.
-
-    Source: Howard et al. 2017 (1704.04861); Chollet 2017 (1610.02357); Sandler et al. 2018 (1801.04381).
-
-    >>> layer = SeparableConv2d(8, 16, 3, padding=1, form="pw-dw", rank=2)
-    >>> layer(torch.zeros(1, 8, 5, 5)).shape
-    torch.Size([1, 16, 5, 5])
-    >>> layer.weight.shape                      # the dense kernel the stages add up to
-    torch.Size([16, 8, 3, 3])
+    `isinstance(layer, SeparableConv)` finds the split layers of a model, and `SeparableConv.from_conv` splits any
+    convolution of torch.
     """
 
-    depthwise: nn.Conv2d
+    axes: int
     transposed = False
-    output_padding = (0, 0)
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | Pair,
-        stride: int | Pair = 1,
-        padding: int | Pair | str = 0,
-        dilation: int | Pair = 1,
+        kernel_size: int | Axes,
+        stride: int | Axes = 1,
+        padding: int | Axes | str = 0,
+        dilation: int | Axes = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: PaddingMode = "zeros",
@@ -93,11 +72,18 @@ class SeparableConv2d(nn.Module):
         components: int | None = None,
     ) -> None:
         super().__init__()
-        self._spec = ConvSpec(
-            in_channels, out_channels, pair(kernel_size), pair(stride),
-            padding if isinstance(padding, str) else pair(padding),
-            pair(dilation), groups, padding_mode, bias,
+        numbers: Any = {"stride": stride, "padding": padding, "dilation": dilation}
+        spec = ConvSpec(
+            in_channels, out_channels, per_axis(kernel_size, self.axes), **numbers, groups=groups, bias=bias,
+            padding_mode=padding_mode,
         )  # fmt: skip
+        self._build(spec, device, dtype, form=form, rank=rank, components=components)
+
+    def _build(
+        self, spec: ConvSpec, device: torch.device | str | None, dtype: torch.dtype | None, *, form: str,
+        rank: int | None, components: int | None,
+    ) -> None:  # fmt: skip
+        self._spec = spec
         self.form = form
         self._arrangement = "stages"
         structure = Structure.of(self._spec, form, rank=rank, components=components)
@@ -110,44 +96,56 @@ class SeparableConv2d(nn.Module):
     ) -> OrderedDict[str, nn.Module]:
         spec, form, R = self._spec, form_named(self.form), self.components
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        pointwise: Any = CONVOLUTIONS[spec.axes, False]
         gathers = not self.even and not form.expands
         sums = not self.even and not form.projects
         stages: OrderedDict[str, nn.Module] = OrderedDict()
         if gathers:
             numbers = _spread(R, spec.in_channels, spec.groups)
-            stages["gather"] = ChannelGather(numbers, spec.in_channels, spec.groups, device)
+            stages["gather"] = ChannelGather(numbers, spec.in_channels, spec.groups, device, axes=spec.axes)
         if form.expands:
-            stages["pointwise_in"] = nn.Conv2d(spec.in_channels, R, 1, groups=spec.groups, bias=False, **factory)
+            stages["pointwise_in"] = pointwise(spec.in_channels, R, 1, groups=spec.groups, bias=False, **factory)
         reads = R if form.expands or gathers else spec.in_channels
         writes = R if form.projects or sums else spec.out_channels
-        stages["depthwise"] = nn.Conv2d(
-            reads, writes, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
-            groups=min(reads, writes), padding_mode=spec.padding_mode,
-            bias=spec.bias and writes == spec.out_channels and not (form.projects or sums), **factory,
-        )  # fmt: skip
+        last = not (form.projects or sums)
+        depthwise = replace(
+            spec, in_channels=reads, out_channels=writes, groups=min(reads, writes), bias=spec.bias and last
+        )
+        stages["depthwise"] = depthwise.conv(**factory)
         if form.projects:
-            stages["pointwise_out"] = nn.Conv2d(
+            stages["pointwise_out"] = pointwise(
                 R, spec.out_channels, 1, groups=spec.groups, bias=spec.bias, **factory
             )
         if sums:
             bias = torch.zeros(spec.out_channels, **factory) if spec.bias else None
             numbers = _spread(R, spec.out_channels, spec.groups)
-            stages["sum"] = ChannelSum(numbers, spec.out_channels, spec.groups, bias, device)
+            stages["sum"] = ChannelSum(numbers, spec.out_channels, spec.groups, bias, device, axes=spec.axes)
         return stages
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (some call conv(input=x))
+        return self._run(input)
+
+    def _run(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         if self._arrangement == "stages" or not self._stages_are_plain():
-            return self._in_order(input)
+            return self.through(self.stages, x, output_size)
         if self._arrangement == "repeated":
-            return self._repeated(input)
-        if not _is_traced(input) and input.dim() == 4 and len(input) > 1:
-            return torch.cat([self._in_order(image) for image in torch.split(input, 1)])
-        return self._in_order(input)
+            return self._repeated(x)
+        if not _is_traced(x) and x.dim() == self.axes + 2 and len(x) > 1:
+            return torch.cat([self.through(self.stages, image, output_size) for image in torch.split(x, 1)])
+        return self.through(self.stages, x, output_size)
+
+    def through(self, names: Iterable[str], x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Run the stages of these names; `output_size` is what transposed convolutions may be told when called."""
+        for name in names:
+            stage = self._modules[name]
+            assert stage is not None
+            x = stage(x) if output_size is None or stage is not self.geometry else stage(x, output_size)
+        return x
 
     def _stages_are_plain(self) -> bool:
         """Whether the convolutions do no more than their weights say: other modules and hooks want to be called."""
         convolutions = [stage for name, stage in self.stages.items() if name in _CONVOLUTIONS]
-        return all(type(stage) is nn.Conv2d for stage in convolutions) and not any(
+        return all(type(stage) in CONVOLUTIONS.values() for stage in convolutions) and not any(
             hooks
             for stage in convolutions
             for hooks in (
@@ -155,25 +153,21 @@ class SeparableConv2d(nn.Module):
             )
         )  # fmt: skip
 
-    def _in_order(self, x: Tensor) -> Tensor:
-        for stage in self.stages.values():
-            x = stage(x)
-        return x
-
     def _repeated(self, x: Tensor) -> Tensor:
         """The sum over j of the j-th components of all channels: true depthwise convolutions, m of them."""
-        stages, m, G = self.stages, cast(int, self.rank), self.groups
+        stages, m, G, depthwise = self.stages, cast(int, self.rank), self.groups, cast(nn.Conv2d, self.geometry)
+        mix = (F.conv1d, F.conv2d, F.conv3d)[self.axes - 1]
         pad = stages.get("pad", nn.Identity())
-        filters = self.depthwise.weight
+        filters = depthwise.weight
         total: Tensor | None = None
         for j in range(m):
             bias = self.bias if j == 0 else None
             if "pointwise_out" in stages:
-                y = self.depthwise._conv_forward(pad(x), filters[j::m], None)
-                y = F.conv2d(y, cast(nn.Conv2d, stages["pointwise_out"]).weight[:, j::m], bias, groups=G)
+                y = depthwise._conv_forward(pad(x), filters[j::m], None)
+                y = mix(y, cast(Convolution, stages["pointwise_out"]).weight[:, j::m], bias, groups=G)
             else:
-                y = F.conv2d(x, cast(nn.Conv2d, stages["pointwise_in"]).weight[j::m], groups=G)
-                y = self.depthwise._conv_forward(pad(y), filters[:, j : j + 1], bias)
+                y = mix(x, cast(Convolution, stages["pointwise_in"]).weight[j::m], groups=G)
+                y = depthwise._conv_forward(pad(y), filters[:, j : j + 1], bias)
             total = y if total is None else total + y
         return cast(Tensor, total)
 
@@ -191,9 +185,9 @@ class SeparableConv2d(nn.Module):
         self._arrangement = name
 
     def can_run(self, arrangement: str) -> bool:
-        """Whether this layer has an arrangement: "repeated" is for equal multiplicities above 1."""
+        """Whether this layer has an arrangement: "repeated" is for equal multiplicities above 1, not transposed."""
         form = form_named(self.form)
-        two_stages = not (form.expands and form.projects)
+        two_stages = not (form.expands and form.projects) and not self.transposed
         return arrangement != "repeated" or (two_stages and self.even and cast(int, self.rank) > 1)
 
     @property
@@ -201,16 +195,34 @@ class SeparableConv2d(nn.Module):
         """The stages by name, in the order in which they run."""
         return {name: cast(nn.Module, self._modules[name]) for name in _STAGES if name in self._modules}
 
+    @property
+    def geometry(self) -> Convolution:
+        """The stage that has the stride, the padding and the dilation."""
+        return cast(Convolution, self._modules["depthwise"])
+
+    @classmethod
+    def of(
+        cls, spec: ConvSpec, *, form: str, rank: int | None = None, components: int | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> SeparableConv:  # fmt: skip
+        """A layer with these numbers, of the class for them."""
+        own = getattr(cls, "axes", 0) == spec.axes and cls.transposed == spec.transposed
+        kind: Any = cls if own else SEPARABLE[spec.axes, spec.transposed]
+        made: SeparableConv = kind(
+            **spec.arguments(), form=form, rank=rank, components=components, device=device, dtype=dtype
+        )
+        return made
+
     @classmethod
     def from_conv(
         cls,
-        conv: nn.Conv2d,
+        conv: Convolution,
         *,
         form: str = "dw-pw",
         rank: int | None = None,
         components: int | None = None,
         seed: int = 0,
-    ) -> SeparableConv2d:
+    ) -> SeparableConv:
         """The best approximation of `conv` in this form, on its device, in its dtype and memory format.
 
         `conv` is not changed. `rank` and `components` as for the class; `seed` fixes the start of CP.
@@ -229,24 +241,22 @@ class SeparableConv2d(nn.Module):
     @classmethod
     def empty_like(
         cls,
-        conv: nn.Conv2d,
+        conv: Convolution,
         *,
         form: str,
         components: int,
         even: bool = False,
         bias: bool | None = None,
         pad: nn.Module | None = None,
-    ) -> SeparableConv2d:
+    ) -> SeparableConv:
         """An untrained layer of the shape of `conv`, zeros inside: to be filled from a checkpoint or from factors.
 
         Keeps what the module carries besides numbers: device, dtype, memory format, `requires_grad`, train or eval.
         `pad`: a module that pads the input further, by amounts known only when it runs, such as `SamePad2d`.
         """
         spec = ConvSpec.of(conv)
-        layer = cls(
-            spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding, spec.dilation,
-            spec.groups, spec.bias if bias is None else bias, spec.padding_mode,
-            device="meta", dtype=conv.weight.dtype, form=form,
+        layer = cls.of(
+            replace(spec, bias=spec.bias if bias is None else bias), device="meta", dtype=conv.weight.dtype, form=form,
             **_rank_arguments(form_named(form), spec, components, even),
         )  # fmt: skip
         # Built on meta and only then given memory: the default initialisation would move the user's random state.
@@ -265,7 +275,7 @@ class SeparableConv2d(nn.Module):
         return layer.train(conv.training)
 
     @torch.no_grad()
-    def initialise_from(self, conv: nn.Conv2d, *, seed: int = 0) -> SeparableConv2d:
+    def initialise_from(self, conv: Convolution, *, seed: int = 0) -> SeparableConv:
         """Fill the stages with the best factors of the weight of `conv`, and copy its bias. Returns the layer.
 
         Raises:
@@ -274,7 +284,7 @@ class SeparableConv2d(nn.Module):
         if not conv.weight.isfinite().all():
             raise ValueError(f"the weight of {conv} holds NaN or infinite values and cannot be factorised")
         # float32 at least: half precision has no linear algebra, and its rounding would enter the factors twice.
-        kernel = grouped(widened(conv.weight.detach()), self.groups).contiguous()
+        kernel = grouped(widened(conv.weight.detach()), self.groups, self.transposed).contiguous()
         self.load_factors(form_named(self.form).factorise(kernel, self.components, even=self.even, seed=seed))
         if conv.bias is not None:
             cast(Tensor, self.bias).copy_(conv.bias)
@@ -283,12 +293,12 @@ class SeparableConv2d(nn.Module):
     @torch.no_grad()
     def load_factors(self, factors: Factors) -> None:
         """Copy factors of a kernel [G, O, I, K] into the stages; their dtype and device are kept."""
-        stages = self.stages
-        depthwise = self.depthwise.weight
+        stages, depthwise = self.stages, self.geometry.weight
         depthwise.copy_(factors.spatial.reshape(depthwise.shape))
         for name, factor in (("pointwise_in", factors.inputs), ("pointwise_out", factors.outputs)):
             if factor is not None:
-                cast(nn.Conv2d, stages[name]).weight.copy_(factor.flatten(0, 1)[:, :, None, None])
+                weight = cast(Convolution, stages[name]).weight
+                weight.copy_(factor.reshape(weight.shape))
         for name, width in (("gather", self.in_channels), ("sum", self.out_channels)):
             if name in stages and factors.channels is not None:
                 cast(ChannelIndex, stages[name]).renumber(_offset(factors.channels, width).tolist())
@@ -297,12 +307,12 @@ class SeparableConv2d(nn.Module):
         """The stages as factors of the kernel [G, O, I, K]; gradients flow through."""
         stages, G = self.stages, self.groups
         R = self.components // G
-        spatial = self.depthwise.weight.reshape(G, R, -1)
+        spatial = self.geometry.weight.reshape(G, R, -1)
         inputs = outputs = channels = None
         if "pointwise_in" in stages:
-            inputs = cast(nn.Conv2d, stages["pointwise_in"]).weight.reshape(G, R, -1)
+            inputs = cast(Convolution, stages["pointwise_in"]).weight.reshape(G, R, -1)
         if "pointwise_out" in stages:
-            outputs = cast(nn.Conv2d, stages["pointwise_out"]).weight.reshape(G, -1, R)
+            outputs = cast(Convolution, stages["pointwise_out"]).weight.reshape(G, -1, R)
         if inputs is None or outputs is None:
             width = self.in_channels if inputs is None else self.out_channels
             index = cast("ChannelIndex | None", stages.get("gather", stages.get("sum")))
@@ -312,7 +322,7 @@ class SeparableConv2d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel [O, I per group, kh, kw] the stages add up to: computed, differentiable.
+        """The dense kernel the stages add up to, in the shape of the convolution's weight: computed, differentiable.
 
         What is written to it, by assignment, through `.data` or in place, reaches the last stage where it is the old
         kernel times a factor per output channel, which is what folding batch norm writes; anything else raises.
@@ -322,7 +332,11 @@ class SeparableConv2d(nn.Module):
     def _kernel(self, factors: Factors | None = None) -> Tensor:
         G, factors = self.groups, factors or self.factors()
         kernel = factors.kernel(self.out_channels // G, self.in_channels // G)
-        return ungrouped(kernel, self.kernel_size)
+        return ungrouped(kernel, self._spec)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """A weight as one row for each output channel, in float64."""
+        return grouped(weight, self.groups, self.transposed).flatten(0, 1).flatten(1).double()
 
     def _write_in_place(self, new: Tensor) -> None:
         if problem := self._take_weight(new):
@@ -336,9 +350,9 @@ class SeparableConv2d(nn.Module):
             self._scale_outputs(found)
             return ""
         return (
-            f"the weight of a SeparableConv2d is computed from its stages, and takes only what is the old one times a "
-            f"factor per output channel; {found}. Write to layer.merged() and put that in its place (or convert after "
-            f"this step), or change the stages ({', '.join(self.stages)})"
+            f"the weight of a {type(self).__name__} is computed from its stages, and takes only what is the old one "
+            f"times a factor per output channel; {found}. Write to layer.merged() and put that in its place (or "
+            f"convert after this step), or change the stages ({', '.join(self.stages)})"
         )
 
     def _factors_between(self, new: Any) -> Tensor | str:
@@ -349,25 +363,27 @@ class SeparableConv2d(nn.Module):
             return f"it is {tuple(old.shape)} {old.dtype}, this is {given}"
         if "weight" not in self._last_convolution()._parameters:
             return "the weight of its last stage is computed, too"
-        before, after = old.flatten(1).double(), new.to(old.device).flatten(1).double()
+        before, after = self._rows(old), self._rows(new.to(old.device))
         peak, where = before.abs().max(1, keepdim=True)
         factors = torch.where(peak > 0, after.gather(1, where) / before.gather(1, where), 1.0)
         # Stages are rounded, too, and components may cancel: what counts is the size of what is added up.
-        added_up = self._kernel(self.factors().absolute()).flatten(1).double()
+        added_up = self._rows(self._kernel(self.factors().absolute()))
         rounding = 8 * torch.finfo(old.dtype).eps * factors.abs() * added_up
         equal = (after - factors * before).abs() <= rounding  # false for NaN
         return factors.squeeze(1) if bool(equal.all()) else "this is not"
 
     def _last_convolution(self) -> nn.Module:
-        return self.stages.get("pointwise_out", self.depthwise)
+        return self.stages.get("pointwise_out", self.geometry)
 
     def _scale_outputs(self, factors: Tensor) -> None:
         """Multiply output channels by factors [O], in the last stage that has weights."""
         if "sum" in self.stages:
             index = cast(ChannelSum, self.stages["sum"])
             factors = factors[torch.tensor(index.numbers, device=factors.device)]
-        weight = cast(nn.Conv2d, self._last_convolution()).weight
-        weight.mul_(factors.to(weight).view(-1, 1, 1, 1))
+        weight = cast(Convolution, self._last_convolution()).weight
+        # A transposed depthwise stage has its output channels' components in the first axis, where others have one.
+        factors = factors.to(weight).repeat_interleave(len(weight) // len(factors))
+        weight.mul_(factors.view(-1, *[1] * (self.axes + 1)))
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -382,14 +398,14 @@ class SeparableConv2d(nn.Module):
                 f"bias of {shape or type(new).__name__}; want a tensor ({self.out_channels},) or None"
             )
         if new is not None and not isinstance(new, nn.Parameter):
-            new = nn.Parameter(new.detach().clone(), self.depthwise.weight.requires_grad)
+            new = nn.Parameter(new.detach().clone(), self.geometry.weight.requires_grad)
         *_, last = self.stages.values()
         last.register_parameter("bias", new)
 
     def add_bias(self) -> nn.Parameter:
         """The bias of the last stage, made of zeros where the layer has none yet."""
         if self.bias is None:
-            like = self.depthwise.weight
+            like = self.geometry.weight
             self._take_bias(torch.zeros(self.out_channels, dtype=like.dtype, device=like.device))
         return cast(nn.Parameter, self.bias)
 
@@ -403,23 +419,23 @@ class SeparableConv2d(nn.Module):
         bias.copy_(bias * scale + shift)
         self._scale_outputs(scale)
 
-    def merged(self) -> nn.Conv2d:
-        """The one `Conv2d` this layer equals, on the same device, in the same dtype, memory format and mode.
+    def merged(self) -> Convolution:
+        """The one convolution this layer equals, on the same device, in the same dtype, memory format and mode.
 
         Raises:
             ValueError: a pointwise stage was edited into something that one convolution cannot equal.
         """
         if problem := self.edited_stages():
             raise ValueError(f"cannot be merged: {problem}")
-        spec, first, pad = self.spec, self.depthwise.weight, self.stages.get("pad")
-        conv = spec.conv(nn.Conv2d if pad is None else PaddedConv2d, dtype=first.dtype)
+        spec, first, pad = self.spec, self.geometry.weight, self.stages.get("pad")
+        conv = spec.conv(None if pad is None else PaddedConv2d, dtype=first.dtype)
         if not first.is_meta:
             conv.to_empty(device=first.device)
             with torch.no_grad():
                 # Multiply in float32 at least, so that half precision rounds the product once.
                 factors = self.factors().to(torch.promote_types(first.dtype, torch.float32))
                 kernel = factors.kernel(spec.out_channels // spec.groups, spec.in_channels // spec.groups)
-                conv.weight.copy_(ungrouped(kernel, spec.kernel_size))
+                conv.weight.copy_(ungrouped(kernel, spec))
                 if conv.bias is not None:
                     conv.bias.copy_(cast(Tensor, self.bias))
         conv.weight.requires_grad_(first.requires_grad)
@@ -435,26 +451,24 @@ class SeparableConv2d(nn.Module):
         """What was done to the stages that no single convolution can do; empty where they add up to one."""
         *_, last = self.stages.values()
         for name, stage in self.stages.items():
-            if name not in _CONVOLUTIONS or not isinstance(stage, nn.Conv2d):
+            if name not in _CONVOLUTIONS or not isinstance(stage, Convolution):
                 continue
             if stage.bias is not None and stage is not last:
                 return f"{name} was given a bias, which meets the padding before the last stage does"
             spec = ConvSpec.of(stage)
-            mixes = (spec.kernel_size, spec.stride) == ((1, 1), (1, 1)) and padding_around(stage) == [0, 0, 0, 0]
-            if name != "depthwise" and not mixes:
+            mixes = {*spec.kernel_size, *spec.stride} == {1} and not any(padding_around(stage))
+            if stage is not self.geometry and not mixes:
                 return f"{name} was edited and is no pointwise convolution: {stage}"
         return ""
 
     @property
     def spec(self) -> ConvSpec:
         """The numbers of the convolution that this layer is now: its stages may have been edited since it was made."""
-        depthwise, built = self.depthwise, replace(self._spec, bias=self.bias is not None)
-        if not isinstance(depthwise, nn.Conv2d):
+        built = replace(self._spec, bias=self.bias is not None)
+        if not isinstance(self.geometry, Convolution):
             return built
-        runs = ConvSpec.of(depthwise)
-        return replace(
-            built, stride=runs.stride, padding=runs.padding, dilation=runs.dilation, padding_mode=runs.padding_mode
-        )
+        runs = ConvSpec.of(self.geometry)
+        return replace(built, **{name: getattr(runs, name) for name in _GEOMETRY})
 
     @property
     def built_spec(self) -> ConvSpec:
@@ -475,20 +489,24 @@ class SeparableConv2d(nn.Module):
         return self._spec.out_channels
 
     @property
-    def kernel_size(self) -> Pair:
+    def kernel_size(self) -> Axes:
         return self._spec.kernel_size
 
     @property
-    def stride(self) -> Pair:
+    def stride(self) -> Axes:
         return self.spec.stride
 
     @property
-    def padding(self) -> Pair | str:
+    def padding(self) -> Axes | str:
         return self.spec.padding
 
     @property
-    def dilation(self) -> Pair:
+    def dilation(self) -> Axes:
         return self.spec.dilation
+
+    @property
+    def output_padding(self) -> Axes:
+        return self.spec.output_padding
 
     @property
     def groups(self) -> int:
@@ -518,21 +536,135 @@ class SeparableConv2d(nn.Module):
 
     def _set_geometry(self, name: str, value: Any) -> None:
         """Build the depthwise stage anew with another stride, padding, dilation or padding mode, around its tensors."""
-        value = value if isinstance(value, str) else pair(value)
-        made = replace(ConvSpec.of(self.depthwise), **{name: value}).conv()
+        value = value if isinstance(value, str) else per_axis(value, self.axes)
+        made = replace(ConvSpec.of(self.geometry), **{name: value}).conv()
         for each in (*_GEOMETRY, "_reversed_padding_repeated_twice"):
-            setattr(self.depthwise, each, getattr(made, each))
+            setattr(self.geometry, each, getattr(made, each))
 
     def extra_repr(self) -> str:
         s = self.spec
         rank = f"rank={self.rank}" if self.even else f"components={self.components}"
         text = f"{s.in_channels}, {s.out_channels}, kernel_size={s.kernel_size}, stride={s.stride}"
-        text += f", padding={s.padding!r}" if s.padding not in ((0, 0), "valid") else ""
-        text += f", dilation={s.dilation}" if s.dilation != (1, 1) else ""
+        text += f", padding={s.padding!r}" if any(padding_around(self.geometry)) else ""
+        text += f", output_padding={s.output_padding}" if any(s.output_padding) else ""
+        text += f", dilation={s.dilation}" if set(s.dilation) != {1} else ""
         text += f", groups={s.groups}" if s.groups != 1 else ""
         text += f", padding_mode={s.padding_mode!r}" if s.padding_mode != "zeros" else ""
         text += ", bias=False" if not s.bias else ""
         return f"{text}, form={self.form!r}, {rank}"
+
+
+class SeparableConv1d(SeparableConv):
+    """A depthwise-separable convolution with the arguments and the metadata of `nn.Conv1d`: see `SeparableConv2d`."""
+
+    axes = 1
+
+
+class SeparableConv2d(SeparableConv):
+    """A depthwise-separable convolution with the arguments and the metadata of `nn.Conv2d`.
+
+    Args:
+        form: `"dw-pw"`, `"pw-dw"` or `"pw-dw-pw"`.
+        rank: the depth multiplier of dw-pw and pw-dw (1 is the classical depthwise-separable convolution), the
+            number of components per group of pw-dw-pw (the CP rank). Default 1, except for pw-dw-pw.
+        components: instead of `rank`, R: the width of the depthwise stage. dw-pw and pw-dw may then give channels
+            unequal multiplicities, for any R that is a multiple of `groups`.
+        device, dtype and all others: as for `nn.Conv2d`.
+
+    Shape: input [N, in_channels, H, W], output [N, out_channels, H', W'] as for `nn.Conv2d`.
+
+    Raises:
+        ValueError: an unknown form, a rank below 1, components that do not fit the groups.
+
+    It is no `nn.Conv2d`: code that asks for one goes on to initialise, prune or quantise a stored weight, and finds the
+    stages, which are; `unused_layers` tells where a `forward` picks its layers that way.
+
+    Source: Howard et al. 2017 (1704.04861); Chollet 2017 (1610.02357); Sandler et al. 2018 (1801.04381).
+
+    >>> layer = SeparableConv2d(8, 16, 3, padding=1, form="pw-dw", rank=2)
+    >>> layer(torch.zeros(1, 8, 5, 5)).shape
+    torch.Size([1, 16, 5, 5])
+    >>> layer.weight.shape                      # the dense kernel the stages add up to
+    torch.Size([16, 8, 3, 3])
+    """
+
+    axes = 2
+
+
+class SeparableConv3d(SeparableConv):
+    """A depthwise-separable convolution with the arguments and the metadata of `nn.Conv3d`: see `SeparableConv2d`."""
+
+    axes = 3
+
+
+class SeparableConvTranspose(SeparableConv):
+    """What transposed ones have in common: their depthwise stage is a transposed convolution, the others are not."""
+
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Axes,
+        stride: int | Axes = 1,
+        padding: int | Axes = 0,
+        output_padding: int | Axes = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Axes = 1,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        form: str = "dw-pw",
+        rank: int | None = None,
+        components: int | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        numbers: Any = {
+            "stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding,
+        }  # fmt: skip
+        spec = ConvSpec(
+            in_channels, out_channels, per_axis(kernel_size, self.axes), **numbers, groups=groups, bias=bias,
+            padding_mode=padding_mode, transposed=True,
+        )  # fmt: skip
+        self._build(spec, device, dtype, form=form, rank=rank, components=components)
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:  # noqa: A002
+        return self._run(input, output_size)
+
+
+class SeparableConvTranspose1d(SeparableConvTranspose):
+    """A separable convolution with the arguments and the metadata of `nn.ConvTranspose1d`: see `SeparableConv2d`."""
+
+    axes = 1
+
+
+class SeparableConvTranspose2d(SeparableConvTranspose):
+    """A separable convolution with the arguments and the metadata of `nn.ConvTranspose2d`: see `SeparableConv2d`.
+
+    >>> layer = SeparableConvTranspose2d(8, 16, 4, stride=2, padding=1, form="pw-dw-pw", rank=6)
+    >>> layer(torch.zeros(1, 8, 5, 5)).shape, layer.weight.shape
+    (torch.Size([1, 16, 10, 10]), torch.Size([8, 16, 4, 4]))
+    """
+
+    axes = 2
+
+
+class SeparableConvTranspose3d(SeparableConvTranspose):
+    """A separable convolution with the arguments and the metadata of `nn.ConvTranspose3d`: see `SeparableConv2d`."""
+
+    axes = 3
+
+
+SEPARABLE: dict[tuple[int, bool], type[SeparableConv]] = {
+    (kind.axes, kind.transposed): kind
+    for kind in (
+        SeparableConv1d, SeparableConv2d, SeparableConv3d,
+        SeparableConvTranspose1d, SeparableConvTranspose2d, SeparableConvTranspose3d,
+    )
+}  # fmt: skip
 
 
 def _is_traced(x: Tensor | fx.Proxy) -> bool:

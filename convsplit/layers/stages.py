@@ -54,7 +54,7 @@ class PaddedConv2d(nn.Conv2d):
 
 
 class ChannelIndex(nn.Module):
-    """The channel [R] that each component belongs to, out of `width` channels in equal groups.
+    """The channel [R] that each component belongs to, out of `width` channels in equal groups of a map with `axes`.
 
     These numbers are structure. Moving averages of weights run over parameters, buffers and the state_dict, in floating
     point, and cut off what they get; so the numbers are neither parameter nor buffer, and the state_dict holds a copy
@@ -65,12 +65,14 @@ class ChannelIndex(nn.Module):
     """
 
     channels: Tensor
+    axes = 2
 
     def __init__(
-        self, numbers: Sequence[int], width: int, groups: int = 1, device: torch.device | str | None = None
-    ) -> None:
+        self, numbers: Sequence[int], width: int, groups: int = 1, device: torch.device | str | None = None,
+        *, axes: int = 2,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.width, self.groups = width, groups
+        self.width, self.groups, self.axes = width, groups, axes
         self.renumber(numbers, torch.empty(0, device=device).device)
 
     def renumber(self, numbers: Sequence[int], device: torch.device | str | None = None) -> None:
@@ -116,6 +118,11 @@ class ChannelIndex(nn.Module):
             else:
                 self.renumber([int(number) for number in numbers])
 
+    @property
+    def dim(self) -> int:
+        """Where the channels of a map are, counted from its end."""
+        return -1 - self.axes
+
     def _on(self, x: Tensor) -> Tensor:
         """The numbers where the input is: replicas and shards are moved by their parameters and buffers alone."""
         elsewhere = isinstance(x, Tensor) and x.device != self.channels.device
@@ -126,7 +133,7 @@ class ChannelGather(ChannelIndex):
     """Pick input channels, so that one true depthwise stage can give channels unequal multiplicities."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.index_select(x, -3, self._on(x))
+        return torch.index_select(x, self.dim, self._on(x))
 
 
 class ChannelSum(ChannelIndex):
@@ -134,9 +141,9 @@ class ChannelSum(ChannelIndex):
 
     def __init__(
         self, numbers: Sequence[int], width: int, groups: int = 1, bias: Tensor | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | None = None, *, axes: int = 2,
     ) -> None:  # fmt: skip
-        super().__init__(numbers, width, groups, device)
+        super().__init__(numbers, width, groups, device, axes=axes)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,10 +151,12 @@ class ChannelSum(ChannelIndex):
         start = x.new_zeros(self.width) if bias is None else bias.to(x.dtype)
         # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it. A view, not
         # a sum with zeros: quantisers would take that for a layer's output and round the bias to eight bits.
-        start, _ = torch.broadcast_tensors(start.view(-1, 1, 1), x.narrow(-3, 0, 1))  # type: ignore[no-untyped-call]
+        start, _ = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+            start.view(-1, *[1] * self.axes), x.narrow(self.dim, 0, 1)
+        )
         if torch.onnx.is_in_onnx_export() and torch._C._get_tracing_state() is not None:
             return self._by_gathers(start, x)
-        return torch.index_add(start, -3, self._on(x), x)
+        return torch.index_add(start, self.dim, self._on(x), x)
 
     def _by_gathers(self, start: Tensor, x: Tensor) -> Tensor:
         """The same without adding to one place twice, which ONNX's older exporter refuses: ever the j-th of all."""
@@ -155,8 +164,8 @@ class ChannelSum(ChannelIndex):
         for place, channel in enumerate(self.numbers):
             members[channel].append(place)
         nothing = len(self.numbers)  # the number of the channel of zeros that is appended
-        padded = torch.cat([x, torch.zeros_like(x.narrow(-3, 0, 1))], -3)
+        padded = torch.cat([x, torch.zeros_like(x.narrow(self.dim, 0, 1))], self.dim)
         for j in range(max(len(mine) for mine in members)):
             places = [mine[j] if j < len(mine) else nothing for mine in members]
-            start = start + padded.index_select(-3, torch.as_tensor(places, device=x.device))
+            start = start + padded.index_select(self.dim, torch.as_tensor(places, device=x.device))
         return start

@@ -16,7 +16,7 @@ from convsplit.measure.deployment import for_inference
 from convsplit.measure.stopwatch import with_noise
 from convsplit.measure.timing import time_models
 from convsplit.model.copies import deep_copy
-from convsplit.model.layout import channels_last
+from convsplit.model.layout import channels_last, in_channels_last
 from convsplit.model.running import Batch, Forward, tensors_in
 from convsplit.rewrite import apply_plan
 from convsplit.tables import Table, Tabular, milliseconds, ratio, times_faster
@@ -174,7 +174,7 @@ def case_of(model: nn.Module, example_inputs: Batch, batch: int, threads: int, l
     inputs = channels_last(inputs) if last else tree_map(_contiguous, inputs)
     copied = deep_copy(model)
     copied.eval()  # not chained: a model's own train() may return nothing
-    copied = copied.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    copied = in_channels_last(copied) if last else copied.to(memory_format=torch.contiguous_format)
     return Case(copied, inputs, batch, threads, layout)
 
 

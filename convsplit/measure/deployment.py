@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SEPARABLE, SeparableConv
 from convsplit.measure.stopwatch import fastest_arrangement
 from convsplit.measure.timing import time_models
 from convsplit.model.copies import deep_copy, scratch_copy
 from convsplit.model.graphs import trace
 from convsplit.model.guards import plain_arithmetic, same_globals
+from convsplit.model.layout import in_channels_last
 from convsplit.model.running import Batch, Forward, observe_calls, quiet_run, run_or_explain, tensors_in
 from convsplit.model.sharing import holders
+from convsplit.spec import CONVOLUTIONS, Convolution, axes_of
 
 M = TypeVar("M", bound=nn.Module)
 
-_FOLDS_INTO = (nn.Conv2d, SeparableConv2d)  # these types exactly: a subclass may do more than its weight says
+# These types exactly: a subclass may do more than its weight says.
+_FOLDS_INTO = (*CONVOLUTIONS.values(), *SEPARABLE.values())
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 SECONDS = 2.0  # of timing each layout
 
 
@@ -30,7 +33,7 @@ SECONDS = 2.0  # of timing each layout
 def for_inference(model: M, example_inputs: Batch = None, *, forward: Forward | None = None) -> M:
     """A copy for inference: batch norm folded into the convolutions before it, and no parameter requires gradients.
 
-    Each `BatchNorm2d` that directly follows a `SeparableConv2d` or a `Conv2d`, and nothing else does, is taken into
+    Each batch norm that directly follows a split layer or a convolution, and nothing else does, is taken into
     that layer's last stage and replaced by `nn.Identity`; outputs stay the same up to rounding. Where torch.fx cannot
     trace the whole model, code that is not traced may look at what passes between the two: parts that are traced are
     then folded only with `example_inputs`, if outputs are seen to stay.
@@ -92,7 +95,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     for part, graph in graphs.items():
         for node in graph.nodes:
             conv, norm = _target(part, node), _target(part, _only_user(node))
-            if type(modules.get(conv)) not in _FOLDS_INTO or type(modules.get(norm)) is not nn.BatchNorm2d:
+            if type(modules.get(conv)) not in _FOLDS_INTO or type(modules.get(norm)) not in _NORMS:
                 continue
             pair = (modules[conv], modules[norm])
             alone = all(names[id(m)] == 1 and not m._forward_hooks and not m._forward_pre_hooks for m in pair)
@@ -156,18 +159,32 @@ def _differ_by_rounding(one: Tensor, other: Tensor) -> bool:
 
 def _fold(model: nn.Module, conv: str, norm: str) -> None:
     layer, batch_norm = model.get_submodule(conv), model.get_submodule(norm)
-    assert isinstance(batch_norm, nn.BatchNorm2d)
-    if isinstance(layer, SeparableConv2d):
-        layer.absorb(*_affine(batch_norm))
+    assert isinstance(batch_norm, _NORMS)
+    scale, shift = _affine(batch_norm)
+    if isinstance(layer, SeparableConv):
+        layer.absorb(scale, shift)
     else:
-        assert isinstance(layer, nn.Conv2d)
-        fused = fuse_conv_bn_eval(layer, batch_norm)
-        layer.weight, layer.bias = fused.weight, fused.bias
+        assert isinstance(layer, Convolution)
+        _absorb(layer, scale, shift)
     model.set_submodule(norm, nn.Identity())
 
 
 @torch.no_grad()
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _absorb(conv: Convolution, scale: Tensor, shift: Tensor) -> None:
+    """`SeparableConv.absorb` for a plain convolution."""
+    rows = scale.unsqueeze(1)  # [O, 1], as the weight begins
+    if conv.transposed:
+        rows = scale.reshape(conv.groups, -1).repeat_interleave(
+            len(conv.weight) // conv.groups, 0
+        )  # [I, O per group]
+    weight = conv.weight * rows.reshape(*rows.shape, *[1] * axes_of(conv))
+    bias = shift if conv.bias is None else conv.bias * scale + shift
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), conv.weight.requires_grad)
+    conv.register_parameter("bias", nn.Parameter(bias.to(conv.weight.dtype), conv.weight.requires_grad))
+
+
+@torch.no_grad()
+def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch norm in eval mode."""
     assert norm.running_var is not None
     assert norm.running_mean is not None
@@ -181,12 +198,11 @@ def _arrange(model: nn.Module, example_inputs: Batch, forward: Forward | None) -
     """Give each split layer the arrangement that is measured fastest at the shapes it sees."""
     calls, _ = observe_calls(scratch_copy(model), example_inputs, forward)
     for name, layer in model.named_modules():
-        if isinstance(layer, SeparableConv2d) and name in calls:
+        if isinstance(layer, SeparableConv) and name in calls:
             layer.arrangement = fastest_arrangement(layer, [use.input_shape for use in calls[name]])
 
 
 def _in_fastest_layout(model: nn.Module, example_inputs: Any, forward: Forward | None) -> nn.Module:
-    layouts: Sequence[torch.memory_format] = (torch.contiguous_format, torch.channels_last)
-    candidates = [deep_copy(model).to(memory_format=layout) for layout in layouts]
+    candidates = [deep_copy(model).to(memory_format=torch.contiguous_format), in_channels_last(deep_copy(model))]
     times = time_models([scratch_copy(each) for each in candidates], example_inputs, forward=forward, seconds=SECONDS)
     return min(zip(candidates, times, strict=True), key=lambda pair: pair[1].total)[0]

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from convsplit.choose.options import Menu, Option
 from convsplit.choose.plan import Conditions
 from convsplit.kinds import Equivalent
-from convsplit.layers.separable import ARRANGEMENTS, SeparableConv2d
+from convsplit.layers.separable import ARRANGEMENTS, SeparableConv
 from convsplit.measure.timing import milliseconds_in_turns
 from convsplit.progress import track
-from convsplit.spec import ConvSpec
+from convsplit.spec import Convolution, ConvSpec
 from convsplit.structure import Structure
 
 COARSE, COARSER = 5, 3  # ranks of a form that are measured, and of slow layers; the others are interpolated
@@ -89,14 +89,15 @@ class Stopwatch:
         self, original: Equivalent, options: Sequence[Option], shape: Shape, conditions: Conditions, seconds: float
     ) -> _Curves:
         conv = original.conv
-        layout = torch.channels_last if conditions.layout == "channels_last" and len(shape) == 4 else None
+        last = conditions.layout == "channels_last" and conv.weight.dim() == len(shape) == 4
+        layout = torch.channels_last if last else None
         x = torch.randn(shape, device=conv.weight.device).to(conv.weight.dtype)
         x = x if layout is None else x.contiguous(memory_format=layout)
         dense = _dense(original)
         candidates: dict[_Candidate, nn.Module] = {_Candidate(None, "stages"): dense}
         (once,) = milliseconds_in_turns([_inference(dense, x)], 0.0, least_rounds=1)
         for structure in _coarse(options, COARSE if once < 1e3 * seconds / 100 else COARSER):
-            layer = with_noise(SeparableConv2d.empty_like(conv, **vars(structure), pad=original.pad))
+            layer = with_noise(SeparableConv.empty_like(conv, **vars(structure), pad=original.pad))
             for arrangement, arranged in _arranged(layer, [shape]).items():
                 candidates[_Candidate(structure, arrangement)] = arranged
         if layout is not None:
@@ -158,12 +159,12 @@ def _with_time(option: Option, curves: Sequence[_Curves]) -> Option:
     return replace(option, milliseconds=totals[best], arrangement=best)
 
 
-def _arranged(layer: SeparableConv2d, shapes: Sequence[Shape]) -> dict[str, SeparableConv2d]:
+def _arranged(layer: SeparableConv, shapes: Sequence[Shape]) -> dict[str, SeparableConv]:
     """Copies of a layer in each arrangement that it has and that may pay on inputs of these shapes."""
 
     def exceeds_cache(shape: Shape) -> bool:
-        images, _, height, width = shape if len(shape) == 4 else (1, *shape)
-        return images > 1 and images * layer.components * height * width > LARGE
+        images, _, *size = shape if len(shape) == layer.axes + 2 else (1, *shape)
+        return images > 1 and images * layer.components * math.prod(size) > LARGE
 
     found = {}
     for name in ARRANGEMENTS:
@@ -195,9 +196,9 @@ def _dense(original: Equivalent) -> nn.Module:
 def with_noise(model: M) -> M:
     """Random numbers of a fitting size in every split layer: for timing, where fitting would only waste time."""
     for layer in model.modules():
-        if isinstance(layer, SeparableConv2d):
+        if isinstance(layer, SeparableConv):
             for stage in layer.stages.values():
-                if isinstance(stage, nn.Conv2d):
+                if isinstance(stage, Convolution):
                     stage.weight.normal_(0, stage.weight[0].numel() ** -0.5)
     return model
 
@@ -222,12 +223,12 @@ def _forward_and_backward(module: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def fastest_arrangement(layer: SeparableConv2d, shapes: Sequence[Shape], *, seconds: float = 1.0) -> str:
+def fastest_arrangement(layer: SeparableConv, shapes: Sequence[Shape], *, seconds: float = 1.0) -> str:
     """The arrangement in which a layer takes the least time on inputs of these shapes, in inference."""
     arranged = _arranged(layer, shapes)
     if len(arranged) == 1:
         return next(iter(arranged))
-    weight = layer.depthwise.weight
+    weight = layer.geometry.weight
     inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in dict.fromkeys(shapes)]
     times = milliseconds_in_turns([_inference(candidate, *inputs) for candidate in arranged.values()], seconds)
     return min(zip(times, arranged, strict=True))[1]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 
 
 def scratch_copy(model: nn.Module) -> nn.Module:
@@ -48,7 +48,7 @@ def working_copy(model: nn.Module) -> Iterator[nn.Module]:
         ValueError: `eval()` writes to the model's weights.
     """
     _refuse_writing_eval(model)
-    split = [layer for layer in model.modules() if isinstance(layer, SeparableConv2d)]
+    split = [layer for layer in model.modules() if isinstance(layer, SeparableConv)]
     own: list[Any] = [*model.parameters(), *(stage for layer in split for stage in layer.stages.values())]
     own += [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
     own += [buffer for norm in model.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,20 +20,24 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 
 from convsplit.kinds import is_convolution
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.model.copies import scratch_copy
 from convsplit.model.guards import same_globals
 from convsplit.model.running import Batch, Call, Forward, observe_calls
-from convsplit.spec import ConvSpec, Pair, pair
+from convsplit.spec import ConvSpec
 
 
 @dataclass(frozen=True)
 class FunctionalConv:
-    """An `F.conv2d` in the code. `weight` names the parameter it uses, and is empty where the weight is computed."""
+    """An `F.conv2d`, or its like, in the code.
+
+    `weight` names the parameter it uses, and is empty where the weight is computed.
+    """
 
     name: str
     weight: str
     spec: ConvSpec | None
+    function: str = "F.conv2d"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Trace:
     `graphs` maps the name of each traced part ("" is the whole model) to its fx graph, `untraced` the name of each
     part that does not trace to the reason. `calls` maps module names to their uses in the order of first use, and
     `macs` are those of the whole model per input; both are None where no example inputs were given. `functional` lists
-    the `F.conv2d` of the graphs, `graph_weights` the parameters that graphs of GraphModules read.
+    the `F.conv2d` and the like of the graphs, `graph_weights` the parameters that graphs of GraphModules read.
     """
 
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
@@ -102,7 +106,7 @@ class SplitTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(module, SeparableConv2d | torch.jit.ScriptModule) or is_convolution(module)
+        whole = isinstance(module, SeparableConv | torch.jit.ScriptModule) or is_convolution(module)
         return whole or super().is_leaf_module(module, module_qualified_name)
 
 
@@ -118,36 +122,47 @@ def _trace_parts(module: nn.Module, name: str, graphs: dict[str, fx.Graph], untr
             _trace_parts(child, f"{name}.{child_name}" if name else child_name, graphs, untraced)
 
 
-# F.conv2d, and what it becomes in graphs of torch.export: one overload for each way of writing the padding.
-_CONV2D = (F.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+aten = torch.ops.aten
+# F.conv2d and its like, with axes and whether transposed, and what they become in graphs of torch.export: one overload
+# for each way of writing the padding.
+_FUNCTIONS: dict[Any, tuple[int, bool]] = {
+    **dict.fromkeys((F.conv1d, aten.conv1d.default, aten.conv1d.padding), (1, False)),
+    **dict.fromkeys((F.conv2d, aten.conv2d.default, aten.conv2d.padding), (2, False)),
+    **dict.fromkeys((F.conv3d, aten.conv3d.default, aten.conv3d.padding), (3, False)),
+    **dict.fromkeys((F.conv_transpose1d, aten.conv_transpose1d.default), (1, True)),
+    **dict.fromkeys((F.conv_transpose2d, aten.conv_transpose2d.input), (2, True)),
+    **dict.fromkeys((F.conv_transpose3d, aten.conv_transpose3d.input), (3, True)),
+}
+_ARGUMENTS = {
+    False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    True: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
 
 
-def conv2d_arguments(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments of an `F.conv2d` by name, defaults filled in; None for any other node."""
-    if node.op != "call_function" or node.target not in _CONV2D:
+def conv_arguments(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of an `F.conv2d`, or its like, by name, defaults filled in; None for any other node.
+
+    `axes` and `transposed` are added.
+    """
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
         return None
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    axes, transposed = _FUNCTIONS[node.target]
+    given = dict(zip(_ARGUMENTS[transposed], node.args, strict=False))
+    defaults = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+    return {**defaults, **given, **node.kwargs, "axes": axes, "transposed": transposed}
 
 
 def functional_spec(arguments: dict[str, Any], weight: Tensor) -> ConvSpec | None:
-    """The numbers of an `F.conv2d` with this weight; None where some are computed in the graph."""
-    stride, padding, dilation, groups = (arguments[key] for key in ("stride", "padding", "dilation", "groups"))
-    numbers = tree_leaves((stride, padding, dilation, groups))
-    if weight.dim() != 4 or any(isinstance(number, fx.Node) for number in numbers):
+    """The numbers of an `F.conv2d`, or its like, with this weight; None where some are computed in the graph."""
+    axes, transposed, groups = arguments["axes"], arguments["transposed"], arguments["groups"]
+    per_axis = {key: arguments[key] for key in ("stride", "padding", "dilation", "output_padding")}
+    if weight.dim() != axes + 2 or any(isinstance(each, fx.Node) for each in tree_leaves((per_axis, groups))):
         return None
-    O, I, kh, kw = weight.shape
-    return ConvSpec(
-        I * groups, O, (kh, kw), _both_axes(stride), padding if isinstance(padding, str) else _both_axes(padding),
-        _both_axes(dilation), groups, bias=arguments["bias"] is not None,
-    )  # fmt: skip
-
-
-def _both_axes(value: int | Sequence[int]) -> Pair:
-    """A number for both axes may also come as a sequence of one."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return pair(values * 2 if len(values) == 1 else values)
+    across, within, *kernel = weight.shape
+    O, I = (within * groups, across) if transposed else (across, within * groups)
+    return ConvSpec(I, O, tuple(kernel), groups=groups, bias=arguments["bias"] is not None, transposed=transposed,
+                    **{key: value if isinstance(value, str | int) else tuple(value)  # type: ignore[arg-type]
+                       for key, value in per_axis.items()})  # fmt: skip
 
 
 def attribute(module: nn.Module, target: str) -> Any:
@@ -158,14 +173,15 @@ def attribute(module: nn.Module, target: str) -> Any:
 def _functional_convs(model: nn.Module, part: str, graph: fx.Graph) -> Iterator[FunctionalConv]:
     prefix = f"{part}." if part else ""
     for node in graph.nodes:
-        arguments = conv2d_arguments(node)
+        arguments = conv_arguments(node)
         if arguments is None:
             continue
+        function = f"F.conv{'_transpose' * arguments['transposed']}{arguments['axes']}d"
         source, weight, spec = arguments["weight"], "", None
         if isinstance(source, fx.Node) and source.op == "get_attr":
             weight = f"{prefix}{source.target}"
             spec = functional_spec(arguments, attribute(model, weight))
-        yield FunctionalConv(f"{prefix}{node.name}", weight, spec)
+        yield FunctionalConv(f"{prefix}{node.name}", weight, spec, function)
 
 
 def _weights_of_graph_modules(model: nn.Module) -> Iterator[str]:

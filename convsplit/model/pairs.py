@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 
-Pairs = dict[str, tuple[nn.Module, SeparableConv2d]]
+Pairs = dict[str, tuple[nn.Module, SeparableConv]]
 
 
 def check_order(converted: nn.Module, original: nn.Module, call: str) -> None:
@@ -31,10 +31,10 @@ def layer_pairs(converted: nn.Module, original: nn.Module) -> Pairs:
         replaced = originals.get(name)
         if replaced is None:
             raise ValueError(f"converted has a split layer {name!r}, original has no such module: not its conversion")
-        if not isinstance(replaced, SeparableConv2d):
+        if not isinstance(replaced, SeparableConv):
             pairs[name] = (replaced, layer)
     return pairs
 
 
-def _split(model: nn.Module) -> dict[str, SeparableConv2d]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SeparableConv2d)}
+def _split(model: nn.Module) -> dict[str, SeparableConv]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SeparableConv)}

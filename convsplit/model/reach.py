@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.model.copies import deep_copy
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 
@@ -34,7 +34,7 @@ def unused_layers(
     >>> unused_layers(model, convsplit.convert(model), torch.zeros(1, 8, 5, 5))
     {'0': (1, 0)}
     """
-    layers = [name for name, module in converted.named_modules() if isinstance(module, SeparableConv2d)]
+    layers = [name for name, module in converted.named_modules() if isinstance(module, SeparableConv)]
     before, after = (_calls(model, layers, example_inputs, forward) for model in (original, converted))
     return {name: (before[name], after[name]) for name in layers if after[name] < before[name]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from convsplit.model.values import Batch as Batch
 from convsplit.model.values import count_inputs
 from convsplit.model.values import tensors_in as tensors_in
 from convsplit.progress import warn
-from convsplit.spec import Pair, pair
+from convsplit.spec import Axes
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -56,23 +57,22 @@ class Call:
     output_shape: tuple[int, ...]
     inputs: int = 1
 
-    @property
-    def images(self) -> int:
-        """N; an unbatched input counts as one image."""
-        return self.input_shape[0] if len(self.input_shape) == 4 else 1
+    def images(self, axes: int) -> int:
+        """N, for maps of so many axes; an unbatched input counts as one image."""
+        return math.prod(self.input_shape[: -axes - 1])
 
-    @property
-    def input_hw(self) -> Pair:
-        return pair(self.input_shape[-2:])
-
-    @property
-    def output_hw(self) -> Pair:
-        return pair(self.output_shape[-2:])
+    def sizes(self, axes: int) -> tuple[Axes, Axes]:
+        """Of the map that went in and of the one that came out."""
+        return self.input_shape[-axes:], self.output_shape[-axes:]
 
 
-def macs_per_input(calls: Sequence[Call], of_an_image: Callable[[Call], int]) -> int:
-    """The MACs of all calls together, shared among the inputs of the batch; 0 without calls."""
-    return round(sum(use.images * of_an_image(use) for use in calls) / calls[0].inputs) if calls else 0
+def macs_per_input(calls: Sequence[Call], axes: int, of_an_image: Callable[[Axes, Axes], int]) -> int:
+    """The MACs of all calls together, shared among the inputs of the batch; 0 without calls.
+
+    `of_an_image` tells those of one image from the sizes of the maps that go in and come out.
+    """
+    total = sum(use.images(axes) * of_an_image(*use.sizes(axes)) for use in calls)
+    return round(total / calls[0].inputs) if calls else 0
 
 
 def observe_calls(

@@ -11,16 +11,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convsplit.kinds import Equivalent, equivalent, is_convolution
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.model.graphs import Trace
 from convsplit.model.running import Call
 from convsplit.model.sharing import holders
 from convsplit.model.usage import Usage
-from convsplit.spec import ConvSpec
+from convsplit.spec import Convolution, ConvSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_OTHER = "only Conv2d is split so far"
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -31,9 +29,8 @@ class Site:
 
     `name` is its first name (of an `F.conv2d`, that of its node in the graph) and `aliases` are the others. `reason`
     says why it is left alone; it is empty where the convolution can be split. `calls` are its uses (empty where no
-    example inputs were given). Convolutions that are transposed, or not of two dimensions, have no `spec`. Where
-    the model's graph shows it, `places` says in how many places of the code a convolution is called and `followed_by`
-    what uses its output. `original` is what it equals, where it can be split.
+    example inputs were given). Where the model's graph shows it, `places` says in how many places of the code a
+    convolution is called and `followed_by` what uses its output. `original` is what it equals, where it can be split.
     """
 
     name: str
@@ -44,11 +41,6 @@ class Site:
     places: int | None = None
     followed_by: str = ""
     original: Equivalent | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def other(self) -> bool:
-        """Whether it is a convolution that is transposed, or not of two dimensions."""
-        return self.spec is None and self.reason.endswith(_OTHER)
 
     @property
     def splittable(self) -> bool:
@@ -75,25 +67,14 @@ def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = 
     usage, modules = Usage.of(trace), dict(model.named_modules(remove_duplicate=False))
     found: list[Site] = []
     for module in model.modules():
-        if id(module) in inside or not (is_convolution(module) or _is_other(module)):
+        if id(module) in inside or not is_convolution(module):
             continue
         name, *aliases = own = names[id(module)]
-        original, spec, reason = None, None, _other_reason(module)
-        if is_convolution(module):
-            original, spec, reason = _examine(module, shared, bake)
+        original, spec, reason = _examine(module, shared, bake)
         calls = (trace.calls or {}).get(name, ())
         follows = usage.followed_by(own, modules)
         found.append(Site(name, spec, tuple(aliases), calls, reason, usage.count(own), follows, original))
     return _skipped(_with_written(_with_functional(model, found, trace), trace), skip, modules)
-
-
-def _is_other(module: nn.Module) -> bool:
-    """Whether a module is a convolution of another kind than `Conv2d`: transposed, or of one or three dimensions."""
-    return isinstance(module, nn.modules.conv._ConvNd) and not is_convolution(module)
-
-
-def _other_reason(module: nn.Module) -> str:
-    return f"a {type(module).__name__}: {_OTHER}"
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -108,7 +89,7 @@ def _inside_convolutions(model: nn.Module) -> set[int]:
     """Modules that are part of a layer split before, or of another convolution (a parametrization may hold one)."""
     inside: set[int] = set()
     for module in model.modules():
-        if isinstance(module, SeparableConv2d):
+        if isinstance(module, SeparableConv):
             inside.update(map(id, module.modules()))
         elif is_convolution(module):
             inside.update(id(part) for part in module.modules() if part is not module)
@@ -124,7 +105,7 @@ def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[Equivalen
     """What a convolution equals and its numbers, where they are known, and why it cannot be split, if so."""
     found = equivalent(module)
     if isinstance(found, str):
-        if not isinstance(module, nn.Conv2d) or isinstance(module, LazyModuleMixin):
+        if not isinstance(module, Convolution) or isinstance(module, LazyModuleMixin):
             return None, None, found
         return None, ConvSpec.of(module), _shape_reason(ConvSpec.of(module)) or found
     spec, weight = ConvSpec.of(found.conv), found.conv.weight
@@ -161,7 +142,7 @@ def _weight_reason(weight: Tensor) -> str:
 
 
 def _with_functional(model: nn.Module, sites: list[Site], trace: Trace) -> list[Site]:
-    """Mark the modules whose weight an `F.conv2d` uses, and append the `F.conv2d`s that use no module's weight."""
+    """Mark the modules whose weight an `F.conv2d` or the like uses, and append those that use no module's weight."""
     by_weight = {
         f"{name}.weight" if name else "weight": site for site in sites for name in (site.name, *site.aliases)
     }
@@ -170,13 +151,17 @@ def _with_functional(model: nn.Module, sites: list[Site], trace: Trace) -> list[
     for conv in trace.functional:
         owner = by_weight.get(conv.weight)
         if owner is not None:
-            reasons[owner.name] = f"F.conv2d uses its weight ({conv.name}): the dense kernel is what runs"
+            if owner.spec and conv.spec and owner.spec.transposed != conv.spec.transposed:
+                continue  # the layer itself runs as it is; a tied autoencoder uses its kernel once more
+            reasons[owner.name] = f"{conv.function} uses its weight ({conv.name}): the dense kernel is what runs"
         elif conv.weight:
-            reason = f"F.conv2d with the parameter {conv.weight}: passes.SplitConv2d splits those of a GraphModule"
+            reason = (
+                f"{conv.function} with the parameter {conv.weight}: passes.SplitConv2d splits those of GraphModules"
+            )
             known = "" if conv.spec is None else _shape_reason(conv.spec)
             appended.append(Site(conv.name, conv.spec, reason=known or reason))
         else:
-            appended.append(Site(conv.name, conv.spec, reason="F.conv2d with a weight computed in forward"))
+            appended.append(Site(conv.name, conv.spec, reason=f"{conv.function} with a weight computed in forward"))
     for name in trace.graph_weights:
         if name in by_weight:
             reasons.setdefault(by_weight[name].name, "the graph of a GraphModule reads its weight as a parameter")

@@ -6,20 +6,20 @@ Each is a linear map, `kernel` [G, O, I, K], of some samples of what reaches it.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convsplit.data.walk import Stop
-from convsplit.forms import Factors, form_named
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.forms import Factors, form_named, grouped, ungrouped
+from convsplit.layers.separable import SeparableConv
 from convsplit.lowrank import CP
 from convsplit.repair.samples import Moments, Samples, take_samples
 from convsplit.repair.solve import Metric, Quadratic, best_bias, fit_factors, quadratics, with_last_stage
+from convsplit.spec import Axes, Convolution, ConvSpec
 
 SMALL = 600  # unknowns up to which the products of a fit are computed on one thread
 MOST_UNKNOWNS = 5000  # inputs of a convolution, times kernel positions: what closed form is affordable for
@@ -42,7 +42,7 @@ def one_thread(small: bool) -> Iterator[None]:
 class Fit:
     """A layer while something of it is fitted; nothing in the layer changes before `store`."""
 
-    layer: SeparableConv2d | nn.Conv2d
+    layer: SeparableConv | Convolution
     original: Tensor  # [G, O, I, K], the kernel that a ridge pulls towards
     kernel: Tensor  # [G, O, I, K], as fitted so far
     has_bias = True  # split layers get one where there is none
@@ -66,6 +66,10 @@ class Fit:
         """Move the kernel to the minimum of each group's quadratic."""
         self.kernel = torch.stack([problem.best for problem in problems])
 
+    def _told(self, size: Axes) -> Axes | None:
+        """What a transposed layer is told of the size of its answer, as the model may have told it."""
+        return size if self.layer.transposed else None
+
     def store(self, bias: Tensor) -> None:
         """Put what was found into the layer."""
         raise NotImplementedError
@@ -78,17 +82,18 @@ class Fit:
 class DenseKernel(Fit):
     """A convolution that was not split, while it makes good what came before it."""
 
-    def __init__(self, layer: nn.Conv2d, original: Tensor) -> None:
+    layer: Convolution
+
+    def __init__(self, layer: Convolution, original: Tensor) -> None:
         self.layer, self.original = layer, original
-        self.kernel = layer.weight.detach().double().reshape(original.shape)
+        self.kernel = grouped(layer.weight.detach().double(), layer.groups, layer.transposed)
         self.has_bias = layer.bias is not None
 
     def take(self, stop: Stop) -> Samples:
-        assert isinstance(self.layer, nn.Conv2d)
-        return take_samples(self.layer, stop, self.layer.groups, nn.Identity())
+        return take_samples(self.layer, stop, self.layer.groups)
 
     def store(self, bias: Tensor) -> None:
-        self.layer.weight.copy_(self.kernel.reshape(self.layer.weight.shape))
+        self.layer.weight.copy_(ungrouped(self.kernel, ConvSpec.of(self.layer)))
         if self.layer.bias is not None:
             self.layer.bias.copy_(bias)
 
@@ -96,10 +101,10 @@ class DenseKernel(Fit):
 class AllFactors(Fit):
     """A split layer while all its factors are fitted, or the last stage of a form that ends depthwise."""
 
-    layer: SeparableConv2d
+    layer: SeparableConv
 
     def __init__(
-        self, layer: SeparableConv2d, original: Tensor, *, fresh: bool, seed: int, starts: Sequence[CP] = ()
+        self, layer: SeparableConv, original: Tensor, *, fresh: bool, seed: int, starts: Sequence[CP] = ()
     ) -> None:
         self.layer, self.original, self.fresh, self.seed = layer, original, fresh, seed
         self.starts = [
@@ -118,8 +123,8 @@ class AllFactors(Fit):
         self.kernel = Factors.joined(factors).kernel(*self.original.shape[1:3])
 
     def take(self, stop: Stop) -> Samples:
-        pad = self.layer.stages.get("pad", nn.Identity())
-        return take_samples(self.layer.depthwise, stop, self.layer.groups, pad)
+        pad = ["pad"] if "pad" in self.layer.stages else []
+        return take_samples(self.layer.geometry, stop, self.layer.groups, lambda x, size: self.layer.through(pad, x))
 
     def fit(self, problems: list[Quadratic]) -> None:
         form, even = form_named(self.layer.form), self.layer.even
@@ -147,17 +152,18 @@ class AllFactors(Fit):
 class LastPointwise(Fit):
     """The last stage of a split layer: a dense convolution of what the others make of its input."""
 
-    layer: SeparableConv2d
+    layer: SeparableConv
 
-    def __init__(self, layer: SeparableConv2d, factors: Factors) -> None:
+    def __init__(self, layer: SeparableConv, factors: Factors) -> None:
         assert factors.outputs is not None
         self.layer, self.factors = layer, factors
         self.kernel = self.original = factors.outputs.double().unsqueeze(3)  # [G, O, R, 1]
 
     def take(self, stop: Stop) -> Samples:
-        *before, (_, last) = self.layer.stages.items()
-        assert isinstance(last, nn.Conv2d)
-        return take_samples(last, stop, last.groups, nn.Sequential(OrderedDict(before)))
+        *before, name = self.layer.stages
+        last = self.layer.stages[name]
+        assert isinstance(last, Convolution)
+        return take_samples(last, stop, last.groups, lambda x, size: self.layer.through(before, x, self._told(size)))
 
     def store(self, bias: Tensor) -> None:
         self.layer.load_factors(replace(self.factors, outputs=self.kernel.squeeze(3)).balanced())
@@ -167,21 +173,21 @@ class LastPointwise(Fit):
 class BiasAlone(Fit):
     """The bias of a split layer, added to what its stages make of the input."""
 
-    layer: SeparableConv2d
+    layer: SeparableConv
 
-    def __init__(self, layer: SeparableConv2d) -> None:
+    def __init__(self, layer: SeparableConv) -> None:
         self.layer = layer
-        eye = torch.eye(layer.out_channels, dtype=torch.float64, device=layer.depthwise.weight.device)
+        eye = torch.eye(layer.out_channels, dtype=torch.float64, device=layer.geometry.weight.device)
         self.kernel = self.original = eye[None, :, :, None]
 
     def take(self, stop: Stop) -> Samples:
-        O, bias = self.layer.out_channels, self.layer.bias
+        O, axes, bias = self.layer.out_channels, self.layer.axes, self.layer.bias
 
-        def unbiased(x: Tensor) -> Tensor:
-            answer: Tensor = self.layer(x)
-            return answer if bias is None else answer - bias[:, None, None]
+        def unbiased(x: Tensor, size: Axes) -> Tensor:
+            answer = self.layer.through(self.layer.stages, x, self._told(size))
+            return answer if bias is None else answer - bias.view(-1, *[1] * axes)
 
-        return take_samples(nn.Conv2d(O, O, 1, device="meta"), stop, 1, unbiased)
+        return take_samples(ConvSpec(O, O, (1,) * axes).conv(), stop, 1, unbiased)
 
     def fit(self, problems: list[Quadratic]) -> None:
         pass
@@ -191,10 +197,10 @@ class BiasAlone(Fit):
 
 
 def fit_of(
-    layer: SeparableConv2d | nn.Conv2d, original: Tensor, stages: str, seed: int, starts: Sequence[CP] = ()
+    layer: SeparableConv | Convolution, original: Tensor, stages: str, seed: int, starts: Sequence[CP] = ()
 ) -> Fit:
     """What is fitted of a layer with an original kernel [G, O, I, K]: as much of `stages` as closed form can afford."""
-    if not isinstance(layer, SeparableConv2d):
+    if not isinstance(layer, SeparableConv):
         return DenseKernel(layer, original)
     projects, wide = form_named(layer.form).projects, unknowns(layer) > MOST_UNKNOWNS
     if stages == "bias" or (wide and not projects):
@@ -204,6 +210,6 @@ def fit_of(
     return AllFactors(layer, original, fresh=stages == "all", seed=seed, starts=starts)
 
 
-def unknowns(layer: SeparableConv2d | nn.Conv2d) -> int:
+def unknowns(layer: SeparableConv | Convolution) -> int:
     """Inputs of a convolution, times kernel positions."""
     return layer.in_channels // layer.groups * math.prod(layer.kernel_size)

@@ -18,7 +18,7 @@ from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop, walk
 from convsplit.forms import form_named, grouped
 from convsplit.kinds import Equivalent, equivalent
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.lowrank import CP
 from convsplit.model.copies import scratch_copy, working_copy
 from convsplit.model.guards import plain_arithmetic
@@ -29,6 +29,7 @@ from convsplit.progress import track, warn
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.repair.samples import Moments, Samples
 from convsplit.repair.solve import Metric
+from convsplit.spec import CONVOLUTIONS, Convolution
 
 MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in all
 STAGES = ("all", "last", "bias")
@@ -120,7 +121,7 @@ def refit(
     began = time.monotonic()
     check_order(converted, original, "refit(converted, original, batches)")
     data = checked_batches(batches)
-    layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
+    layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv)}
     original = scratch_copy(original)
     modules = dict(original.named_modules())
     for name in layers:
@@ -141,7 +142,7 @@ def refit(
                     warn(f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were")
                     break
                 layer = converted.get_submodule(stop.name)
-                assert isinstance(layer, SeparableConv2d | nn.Conv2d)
+                assert isinstance(layer, SeparableConv | Convolution)
                 kernel = kernels[stop.name] if stop.name in kernels else others[stop.name]
                 fit = fit_of(layer, kernel, stages, seed, (starts or {}).get(stop.name, ()))
                 done = _repair_at(stop, fit, target, metrics.get(stop.name), ridge)
@@ -200,7 +201,7 @@ def _metric(layer: nn.Module, F: Tensor | None, tail: Tail) -> Tensor | None:
 
     A form whose last stage is depthwise fits each output for itself, whatever the others weigh.
     """
-    if not isinstance(layer, SeparableConv2d) or not form_named(layer.form).projects:
+    if not isinstance(layer, SeparableConv) or not form_named(layer.form).projects:
         return None
     scale = torch.ones(layer.out_channels, device="cpu") if tail.scale is None else tail.scale
     floor = scale.double().square()
@@ -215,10 +216,11 @@ def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> dict
     """
     shared = holders(converted)
     return {
-        name: grouped(module.weight.detach(), module.groups)
+        name: grouped(module.weight.detach(), module.groups, module.transposed)
         for name, module in converted.named_modules()
-        if type(module) is nn.Conv2d
+        if type(module) in CONVOLUTIONS.values()
         and type(originals.get(name)) is type(module)
+        and isinstance(module, Convolution)
         and isinstance(equivalent(originals[name]), Equivalent)
         and type(module.weight) is nn.Parameter
         and shared[id(module.weight)] == 1
@@ -229,8 +231,8 @@ def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> dict
 
 def _kernel(name: str, module: nn.Module) -> Tensor:
     """The kernel [G, O, I, K] that runs in the layer which was split; that may be a split one already."""
-    found = module if isinstance(module, SeparableConv2d) else equivalent(module)
+    found = module if isinstance(module, SeparableConv) else equivalent(module)
     if isinstance(found, str):
         raise ValueError(f"{name} is split in converted, but in original {found}: not its conversion")
     conv = found.conv if isinstance(found, Equivalent) else found
-    return grouped(conv.weight.detach(), conv.groups)
+    return grouped(conv.weight.detach(), conv.groups, conv.transposed)

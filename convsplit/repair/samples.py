@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from convsplit.data.moments import sampled_outputs, sampled_patches, thinning
+from convsplit.data.moments import sampled_outputs, sampled_patches, thinning, tile_of
 from convsplit.data.processes import all_reduced, reduced_numbers
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
+from convsplit.spec import Axes, Convolution, axes_of
 
 GRAM_BLOCK = 768  # rows of a moment computed at once
 
@@ -85,27 +86,31 @@ def _answer(sample: Sample, kernel: Tensor, bias: Tensor) -> Tensor:
     return (weights @ sample.patches).flatten(0, 1) + bias.to(sample.patches)[:, None]
 
 
-def take_samples(reader: nn.Conv2d, stop: Stop, groups: int, before: Callable[[Tensor], Tensor]) -> Samples:
+def take_samples(
+    reader: Convolution, stop: Stop, groups: int, before: Callable[[Tensor, Axes], Tensor] | None = None
+) -> Samples:
     """Sample what the walk has stopped at, thinned out as the number of calls allows.
 
-    Patches are those that `reader` sees of what comes out of `before`.
+    Patches are those that `reader` sees, of what `before` makes of the inputs where the answers have a given size.
 
     Raises:
         ValueError: a batch led to NaN or infinite values (says which).
     """
     taken: list[Sample] = []
-    step = (1, 1)
+    step, tile = (1,) * axes_of(reader), tile_of(reader)
     for index, (inputs, answers, shortcuts) in enumerate(stop.values()):
-        if inputs.dim() == 3:  # an image on its own
+        if inputs.dim() == len(step) + 1:  # an image on its own
             inputs, answers = inputs.unsqueeze(0), answers.unsqueeze(0)
             shortcuts = shortcuts and (shortcuts[0].unsqueeze(0), shortcuts[1].unsqueeze(0))
+        size = answers.shape[2:]
         if index == 0:
             unknowns = reader.in_channels * math.prod(reader.kernel_size)
             images = int(reduced_numbers(len(answers) * stop.calls)[0])
-            step = thinning(answers.shape[-2:], images, unknowns)
-        added = shortcuts and (sampled_outputs(shortcuts[0], step, index), sampled_outputs(shortcuts[1], step, index))
-        patches = sampled_patches(reader, groups, before(inputs), answers.shape[-2:], step, index)
-        sample = Sample(patches, sampled_outputs(answers, step, index), added)
+            step = thinning(size, images, unknowns, tile=tile)
+        answers, *added = (sampled_outputs(each, step, index, tile) for each in (answers, *(shortcuts or ())))
+        features = inputs if before is None else before(inputs, size)
+        patches = sampled_patches(reader, groups, features, size, step, index)
+        sample = Sample(patches, answers, (added[0], added[1]) if added else None)
         if not (_finite(sample.patches) and _finite(sample.answers)):
             raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
         taken.append(sample)

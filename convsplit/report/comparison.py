@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from convsplit.data.batches import batches_of
 from convsplit.forms import form_named
 from convsplit.kinds import equivalent
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.measure.timing import Timing, time_models
 from convsplit.model.copies import scratch_copy
 from convsplit.model.graphs import Trace
@@ -36,7 +36,7 @@ from convsplit.model.values import class_scores, count_inputs, stored_bytes, ten
 from convsplit.progress import track
 from convsplit.report.reports import Report
 from convsplit.report.values import Drift, KeptLayer, LayerReport
-from convsplit.spec import ConvSpec, parameter_count
+from convsplit.spec import Convolution, ConvSpec, parameter_count
 
 CANCELLING = 10.0  # of the kernel's norm: components above lose a digit of it to each other
 TIMED_SECONDS = 0.5  # of timing each of the two models, and once more for its layers
@@ -234,7 +234,7 @@ class _Comparison:
 
         def on_original(name: str, given: Given, output: Any) -> None:
             features[name].append(output)
-            self.local[name].add_all(output, self.pairs[name][1](given.tensor))
+            self.local[name].add_all(output, self.pairs[name][1](*given.args, **given.kwargs))
 
         def on_converted(name: str, given: Given, output: Any) -> None:
             if features[name]:  # a model may take another path, and call a layer more often than the original did
@@ -256,7 +256,7 @@ class _Comparison:
     def layer(self, name: str, costs: _Costs, times: list[Timing] | None) -> LayerReport:
         """What is known of one split layer."""
         original, layer = self.pairs[name]
-        dense = ConvSpec.of(original) if isinstance(original, nn.Conv2d) else layer.spec
+        dense = ConvSpec.of(original) if isinstance(original, Convolution) else layer.spec
         timed = (times[0].layers[name], times[1].layers[name]) if times and name in times[0].layers else None
         return LayerReport(
             name, layer.form, layer.components, (dense.params, parameter_count(layer)), costs.layers.get(name),
@@ -308,15 +308,15 @@ class _Costs:
         return cls((before, before - saved), layers, (note,))
 
 
-def _layer_macs(layer: SeparableConv2d, calls: tuple[Call, ...]) -> tuple[int, int]:
+def _layer_macs(layer: SeparableConv, calls: tuple[Call, ...]) -> tuple[int, int]:
     spec, count = layer.spec, form_named(layer.form).macs
     return (
-        macs_per_input(calls, lambda use: spec.macs(use.output_hw)),
-        macs_per_input(calls, lambda use: count(spec, layer.components, use.input_hw, use.output_hw)),
+        macs_per_input(calls, spec.axes, lambda *sizes: spec.macs(spec.slides_over(*sizes))),
+        macs_per_input(calls, spec.axes, lambda *sizes: count(spec, layer.components, *sizes)),
     )
 
 
-def _weight_error(original: nn.Module, layer: SeparableConv2d) -> float:
+def _weight_error(original: nn.Module, layer: SeparableConv) -> float:
     plain = equivalent(original)  # a convolution may compute the weight it uses
     weight = original.weight if isinstance(plain, str) else plain.conv.weight
     assert isinstance(weight, Tensor)
@@ -325,7 +325,7 @@ def _weight_error(original: nn.Module, layer: SeparableConv2d) -> float:
     return float((merged - dense).norm() / dense.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _largest_component(layer: SeparableConv2d) -> float:
+def _largest_component(layer: SeparableConv) -> float:
     with torch.no_grad():
         whole = layer.weight.double().norm()
         return float(layer.factors().norms().double().max() / whole.clamp_min(torch.finfo(torch.float64).tiny))

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import convsplit
 from convsplit import kinds, rewrite
 from convsplit.kinds import Equivalent, equivalent, plain_conv, register
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv, SeparableConv2d
 from convsplit.layers.stages import PaddedConv2d, SamePad2d
 from convsplit.model.graphs import trace
 from convsplit.model.sites import find_sites
@@ -194,7 +194,7 @@ def test_a_failure_in_the_middle_changes_nothing(
 
         monkeypatch.setattr(SeparableConv2d, "load_factors", load)
     else:
-        monkeypatch.setattr(SeparableConv2d, "empty_like", fail_at_the_second)
+        monkeypatch.setattr(SeparableConv, "empty_like", fail_at_the_second)
         uses = 1
     x = images(1, 4, 6, 6)
     before, around = portrait(model), globals_now()

@@ -92,7 +92,7 @@ def test_every_geometry(form, groups, geometry):
 def test_patches_are_what_a_convolution_sees():
     conv = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, bias=False)
     x = torch.randn(8, 4, 9, 9)
-    samples = take_samples(conv, Stop("", 1, lambda: iter([(x, conv(x), None)])), 2, nn.Identity())
+    samples = take_samples(conv, Stop("", 1, lambda: iter([(x, conv(x), None)])), 2)
     moments = Moments.of(samples, samples.targets())
     problems = quadratics(grouped(conv.weight.detach() * 0, 2), moments, Metric.of(moments, 6, 1e-9))
     best = torch.cat([problem.best for problem in problems])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import convsplit
-from convsplit.layers.separable import SeparableConv2d
+from convsplit.layers.separable import SeparableConv
 from convsplit.model.running import call
 
 
@@ -65,7 +65,7 @@ def test_exact_and_the_model_untouched(case: Awkward, with_inputs: bool) -> None
     assert globals_now() == around
     assert type(converted) is type(model) or case.split == ("",) or isinstance(model, torch.fx.GraphModule)
     modules = dict(converted.named_modules())
-    assert all(isinstance(modules[name], SeparableConv2d) for name in case.split)
+    assert all(isinstance(modules[name], SeparableConv) for name in case.split)
     assert_equal_outputs(model, converted, inputs, case.tolerance)
 
 
@@ -79,7 +79,7 @@ def test_original_and_copy_share_nothing(case: Awkward) -> None:
 def test_merging_gives_the_original_back(case: Awkward) -> None:
     model, inputs = case.build()
     merged = convsplit.merge(convert(case, model))
-    assert not any(isinstance(module, SeparableConv2d) for module in merged.modules())
+    assert not any(isinstance(module, SeparableConv) for module in merged.modules())
     assert_equal_outputs(model, merged, inputs, case.tolerance)
 
 
@@ -110,7 +110,7 @@ def test_repair_makes_no_layer_worse(case: Awkward) -> None:
     repaired = convsplit.refit(converted, model, [inputs])
     assert all(layer.after <= layer.before for layer in repaired)
     for layer in converted.modules():
-        if isinstance(layer, SeparableConv2d):
+        if isinstance(layer, SeparableConv):
             assert all(parameter.isfinite().all() for parameter in layer.parameters())
     assert portrait(model) == before
     assert convsplit.compare(converted, model, [inputs]).verdict.level
