@@ -879,6 +879,102 @@ def convolutions_of_other_kinds() -> Any:
     return settled(model), images(2, 2, 4, 6, 6)
 
 
+# Other numbers of axes, and transposed
+
+
+class Causal(nn.Conv1d):
+    """Pads its past itself, as WaveNet-like code does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, ((self.kernel_size[0] - 1) * self.dilation[0], 0)))
+
+
+@awkward("1.1", "2.1", "3", left={"0": "Causal may compute more than Conv1d does", "4": "1x1 kernel"})
+def sounds() -> Any:
+    """Causal by a subclass and by padding apart, dilated more and more, strided by more than the kernel."""
+    model = nn.Sequential(
+        Causal(4, 8, 3, dilation=2),
+        *(nn.Sequential(nn.ConstantPad1d((2 * d, 0), 0), nn.Conv1d(8, 8, 3, dilation=d)) for d in (4, 8)),
+        nn.Conv1d(8, 8, 2, stride=3), nn.Conv1d(8, 4, 1),
+    )  # fmt: skip
+    return settled(model), images(2, 4, 40)
+
+
+@awkward("0", "2", "4", "5", bake=True)
+def vocoder() -> Any:
+    """As HiFi-GAN: weight norm, also on transposed convolutions, whose norm is over another axis there."""
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Conv1d(4, 8, 7, padding=3)), nn.LeakyReLU(0.1),
+        weight_norm(nn.ConvTranspose1d(8, 6, 8, stride=4, padding=2)), nn.LeakyReLU(0.1),
+        parametrizations.weight_norm(nn.ConvTranspose1d(6, 4, 3, 2, output_padding=1, groups=2)),
+        nn.Conv1d(4, 1, 7, padding=3, padding_mode="reflect"),
+    )  # fmt: skip
+    return settled(model), images(2, 4, 6)
+
+
+@awkward("0", "1", "2", "3", "4", "5", left={"6": "already depthwise"})
+def upsamplers() -> Any:
+    """Output padding, a stride above the kernel, dilated and grouped, one channel in and out, checkerboards."""
+    model = nn.Sequential(
+        nn.ConvTranspose2d(1, 6, 4, 2, 1), nn.ConvTranspose2d(6, 6, 3, 2, 1, output_padding=1, bias=False),
+        nn.ConvTranspose2d(6, 4, 2, stride=3, output_padding=(0, 2)), nn.ConvTranspose2d(4, 6, 3, dilation=2, groups=2),
+        nn.ConvTranspose2d(6, 6, (3, 1), (1, 2), (1, 0)), nn.ConvTranspose2d(6, 6, 3, groups=3),
+        nn.ConvTranspose2d(6, 6, 3, groups=6),
+    )  # fmt: skip
+    return settled(model), images(2, 1, 3, 4)
+
+
+class ToldItsSize(Calls):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.relu(self.down(x)), output_size=x.shape[-2:]) + self.up(self.down(x), x.shape[-2:])
+
+
+@awkward("down", "up")
+def told_the_size_of_its_output() -> Any:
+    """A stride leaves open how large the input was: the transposed layer is told, by keyword and by position."""
+    model = ToldItsSize(down=nn.Conv2d(4, 6, 3, 2, 1), up=nn.ConvTranspose2d(6, 4, 3, 2, 1))
+    return settled(model), images(2, 4, 8, 9)
+
+
+@awkward("0", "1", "2", "3", left={"4": "1x1 kernel"})
+def volumes() -> Any:
+    """R(2+1)D's flat kernels, and back up."""
+    model = nn.Sequential(
+        nn.Conv3d(3, 6, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.Conv3d(4, 4, 3, padding=1, padding_mode="replicate", groups=2),
+        nn.ConvTranspose3d(4, 6, (1, 2, 2), (1, 2, 2)), nn.Conv3d(6, 2, 1),
+    )  # fmt: skip
+    return settled(model), images(2, 3, 4, 6, 6)
+
+
+@awkward("0", left={"2": "its weight is computed", "3": "its weight is computed"}, pickles=False)
+def critic() -> Any:
+    """Spectral norm in a GAN, on plain and transposed layers."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 4, 2, 1), nn.LeakyReLU(0.2), spectral_norm(nn.Conv2d(6, 8, 4, 2, 1)),
+        parametrizations.spectral_norm(nn.ConvTranspose2d(8, 3, 4, 2, 1)),
+    )  # fmt: skip
+    return settled(model), images(2, 3, 8, 8)
+
+
+class Functions(Calls):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv1d(self.conv(x), self.used.weight, self.used.bias, padding=1)
+        return F.conv_transpose1d(x, self.up.weight, self.up.bias, 2, 1) + self.up(x)
+
+
+@awkward("conv", left={"used": "F.conv1d uses its weight", "up": "F.conv_transpose1d uses its weight"})
+def functions_of_one_axis() -> Any:
+    parts = {"conv": nn.Conv1d(4, 6, 3), "used": nn.Conv1d(6, 6, 3), "up": nn.ConvTranspose1d(6, 4, 3, 2, 1)}
+    return settled(Functions(**parts)), images(2, 4, 12)
+
+
+@awkward("0", "1")
+def maps_on_their_own() -> Any:
+    """Without a batch, three dimensions are an image, four a volume."""
+    return settled(nn.Sequential(nn.Conv3d(2, 4, 3), nn.ConvTranspose3d(4, 2, 3, 2))), images(2, 5, 6, 7)
+
+
 @awkward("0", left={"1": "without channels"})
 def no_channels() -> Any:
     empty = nn.Conv2d(4, 4, 3)
