@@ -80,7 +80,8 @@ def convert(
         calibration: a few hundred unlabelled inputs, as batches (an iterable, read once, of what `example_inputs` may
             be): ranks are then chosen by the error of each layer's output, and the result is repaired by `refit`.
         forward: how to run a model on a batch or on `example_inputs`, such as `lambda model, batch: model(batch[0])`.
-        forms: which of "dw-pw", "pw-dw" and "pw-dw-pw" to choose from, layer by layer; all by default.
+        forms: which of "dw-pw", "pw-dw" and "pw-dw-pw" to choose from, layer by layer; all by default. With "pw-pw"
+            among them 1x1 kernels are split, too.
         skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
         bake: also split layers whose weight is computed at every call (parametrizations, weight_norm, spectral_norm,
             pruning masks, timm's StdConv2d), by splitting the weight that runs in eval mode for good.

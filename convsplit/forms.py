@@ -1,6 +1,6 @@
-"""The three separable forms: what a component costs, when a form is exact, and its best factors.
+"""The separable forms: what a component costs, when a form is exact, and its best factors.
 
-All three write a kernel as a sum of R components, each the product of a vector over output channels, a vector
+All write a kernel as a sum of R components, each the product of a vector over output channels, a vector
 over kernel positions and a vector over input channels,
 
     W[o, i, k]  ~  sum_r outputs[o, r] · spatial[r, k] · inputs[r, i]
@@ -10,6 +10,8 @@ and run as: mix the inputs (pointwise), filter each component (depthwise), mix t
     dw-pw      inputs[r] picks one channel: no first stage.     MobileNet's order (Howard et al., 2017)
     pw-dw      outputs[:, r] picks one channel: no last stage.  Xception's order (Chollet, 2017)
     pw-dw-pw   no restriction: the CP decomposition.            MobileNetV2's order (Sandler et al., 2018)
+
+    pw-pw      for kernels of one position, which have nothing to filter: the truncated SVD of W[O, I].
 
 In the first two, R is I·m or O·m with depth multiplier m, or any number when channels get unequal shares.
 With G groups, every group has R / G components.
@@ -86,8 +88,14 @@ class Factors:
         """The same kernel with each component's norm spread equally over the stages.
 
         The product is unchanged by moving a factor from one stage to another; equal norms keep gradients of the
-        stages comparable, weight decay fair and every value inside the range of half precision.
+        stages comparable, weight decay fair and every value inside the range of half precision. Between two pointwise
+        stages one position is a number and no stage: it becomes 1.
         """
+        if self.spatial.shape[2] == 1 and self.outputs is not None and self.inputs is not None:
+            inner: Tensor = self.inputs * self.spatial
+            ratio = (self.outputs.norm(dim=1) / inner.norm(dim=2)).sqrt().nan_to_num(0, 0, 0)
+            outer = self.outputs * torch.where(ratio > 0, 1 / ratio, 0.0).unsqueeze(1)
+            return Factors(torch.ones_like(self.spatial), outer, inner * ratio.unsqueeze(2))
         norms = [self.spatial.norm(dim=2)]
         norms += [] if self.outputs is None else [self.outputs.norm(dim=1)]
         norms += [] if self.inputs is None else [self.inputs.norm(dim=2)]
@@ -124,6 +132,11 @@ class Form:
     name: str
     expands: bool  # starts with a pointwise stage
     projects: bool  # ends with a pointwise stage
+    filters = True  # has a depthwise stage
+
+    def suits(self, spec: ConvSpec) -> bool:
+        """Whether it is made for kernels of so many positions."""
+        return self.filters == (spec.positions > 1)
 
     def channels(self, spec: ConvSpec) -> int:
         """Channels that components belong to: the step of R at which every channel has equally many."""
@@ -180,15 +193,16 @@ class Form:
         return min(most, self.exact(spec)) // spec.groups * spec.groups
 
     def macs(self, spec: ConvSpec, components: int, input_size: Axes, output_size: Axes) -> int:
-        """MACs of the stages for one image: the first pointwise stage runs at the input's size."""
-        expand = self.expands * math.prod(input_size) * spec.in_channels // spec.groups
+        """MACs of the stages for one image: a pointwise stage before the depthwise one runs at the input's size."""
+        slides = math.prod(spec.slides_over(input_size, output_size))
+        expand = self.expands * (math.prod(input_size) if self.filters else slides) * spec.in_channels // spec.groups
         project = self.projects * math.prod(output_size) * spec.out_channels // spec.groups
-        filters = math.prod(spec.slides_over(input_size, output_size)) * spec.positions
+        filters = self.filters * slides * spec.positions
         return components * (expand + filters + project)
 
     def _params_per_component(self, spec: ConvSpec) -> int:
         expand, project = self.expands * spec.in_channels, self.projects * spec.out_channels
-        return expand // spec.groups + spec.positions + project // spec.groups
+        return expand // spec.groups + self.filters * spec.positions + project // spec.groups
 
     def __repr__(self) -> str:
         return f"Form({self.name!r})"
@@ -270,16 +284,39 @@ class PointwiseDepthwisePointwise(Form):
         return [Factors(spatial=fit.C.mT, outputs=fit.A, inputs=fit.B.mT).balanced() for fit in found]
 
 
-FORMS: dict[str, Form] = {
+class PointwisePointwise(Form):
+    """Pointwise I -> R, which has the convolution's stride and padding, pointwise R -> O. The truncated SVD."""
+
+    name, expands, projects, filters = "pw-pw", True, True, False
+
+    def channels(self, spec: ConvSpec) -> int:
+        return spec.groups
+
+    def exact(self, spec: ConvSpec) -> int:
+        return min(spec.in_channels, spec.out_channels)
+
+    def curves(
+        self, kernels: Sequence[Tensor], components: Sequence[int], *, even: bool = False, seed: int = 0
+    ) -> list[Curve]:
+        return [_slice_curve(slice_svd(kernel.permute(0, 3, 1, 2)), components, False) for kernel in kernels]
+
+    def _sliced(self, kernel: Tensor, components: int, even: bool) -> Factors:
+        _, left, right = _kept_triplets(slice_svd(kernel.permute(0, 3, 1, 2)), components, False)
+        return Factors(spatial=left.new_ones(*left.shape[:2], 1), outputs=left.mT, inputs=right).balanced()
+
+
+FORMS: dict[str, Form] = {  # of kernels with several positions
     form.name: form for form in (DepthwisePointwise(), PointwiseDepthwise(), PointwiseDepthwisePointwise())
 }
+POINTWISE = PointwisePointwise()
+KNOWN: dict[str, Form] = {**FORMS, POINTWISE.name: POINTWISE}
 
 
 def form_named(name: str) -> Form:
     """Look a form up; an unknown name raises ValueError with the known ones."""
-    if name not in FORMS:
-        raise ValueError(f"unknown form {name!r}; the forms are {', '.join(map(repr, FORMS))}")
-    return FORMS[name]
+    if name not in KNOWN:
+        raise ValueError(f"unknown form {name!r}; the forms are {', '.join(map(repr, KNOWN))}")
+    return KNOWN[name]
 
 
 def _slice_curve(svd: SliceSVD, components: Sequence[int], even: bool) -> Curve:

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from convsplit.choose.options import Option
 from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.files import write_whole
-from convsplit.forms import FORMS
+from convsplit.forms import KNOWN
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
 from convsplit.layers.stages import ChannelIndex
@@ -380,7 +380,7 @@ def _parse_layer(data: Any) -> StoredLayer:
     _require(isinstance(layer.name, str), f"layer name {layer.name!r}")
     _require(isinstance(layer.spec, dict) and isinstance(layer.spec.get("bias"), bool), f"spec {layer.spec!r}")
     _require(isinstance(layer.pad, str), f"pad {layer.pad!r}")
-    _require(isinstance(layer.form, str) and layer.form in FORMS, f"form {layer.form!r}")
+    _require(isinstance(layer.form, str) and layer.form in KNOWN, f"form {layer.form!r}")
     _require(type(layer.components) is int and layer.components > 0, f"components {layer.components!r}")
     _require(isinstance(layer.even, bool), f"even {layer.even!r}")
     return layer
@@ -452,13 +452,17 @@ def _printed(pad: nn.Module | None) -> str:
 
 def _size_problems(layer: StoredLayer, spec: ConvSpec, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """A number of components that the file does not really hold would take memory without bound."""
-    form, name = FORMS[layer.form], f"{layer.name}.depthwise.weight" if layer.name else "depthwise.weight"
+    form = KNOWN[layer.form]
+    name = f"{layer.name}.{'depthwise' if form.filters else 'pointwise_in'}.weight".lstrip(".")
     filters = tensors.get(name)
-    if layer.components % (form.channels(spec) if layer.even else spec.groups):
+    each = spec.positions if form.filters else spec.in_channels // spec.groups
+    if not form.filters and spec.positions > 1:
+        yield f"{layer.name!r} has {spec.positions} positions, and cannot be {layer.form}"
+    elif layer.components % (form.channels(spec) if layer.even else spec.groups):
         yield f"{layer.name!r} cannot have {layer.components} components over its channels or groups"
     elif filters is None:
         yield f"tensor {name!r} is missing in the file"
-    elif filters.numel() != layer.components * spec.positions:
+    elif filters.numel() != layer.components * each:
         yield f"{name!r} has shape {tuple(filters.shape)}, which is not that of {layer.components} components"
     elif (
         layer.even

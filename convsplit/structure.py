@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from convsplit.forms import FORMS, Form, form_named
+from convsplit.forms import FORMS, KNOWN, Form, form_named
 from convsplit.spec import Axes, ConvSpec
 
 
@@ -37,6 +37,8 @@ class Structure:
             ValueError: both, neither where the form has no default, a rank below 1, components that do not fit.
         """
         found = form_named(form)
+        if not found.filters and spec.positions > 1:
+            raise ValueError(f"form {form!r} is for 1x1 kernels; this one has {spec.positions} positions")
         both_pointwise = found.expands and found.projects
         if rank is not None and components is not None:
             raise ValueError(f"give rank= or components=, not both (got {rank} and {components})")
@@ -75,7 +77,7 @@ class Structure:
 
 
 def forms_named(names: str | Sequence[str] | None, *, of_one_rank: bool = False) -> list[Form]:
-    """The forms of these names, all where none are given.
+    """The forms of these names; where none are given, those of kernels with several positions.
 
     `of_one_rank`: those in which a rank means the same; by default the two where it is the depth multiplier.
 
@@ -86,7 +88,7 @@ def forms_named(names: str | Sequence[str] | None, *, of_one_rank: bool = False)
         return [form for form in FORMS.values() if not (of_one_rank and form.expands and form.projects)]
     found = [form_named(name) for name in ([names] if isinstance(names, str) else names)]
     if not found:
-        raise ValueError(f"forms is empty; name at least one of {', '.join(map(repr, FORMS))}")
+        raise ValueError(f"forms is empty; name at least one of {', '.join(map(repr, KNOWN))}")
     if of_one_rank and len({form.expands and form.projects for form in found}) > 1:
         raise ValueError(
             'rank= is the depth multiplier of "dw-pw" and "pw-dw" and the CP rank of "pw-dw-pw": say which is meant, '

@@ -112,7 +112,8 @@ class Study(Tabular, Generic[M]):
         calibration: a few hundred unlabelled inputs, as batches (an iterable, read once, of what `example_inputs` may
             be): ranks are then chosen by the error of each layer's output, and conversions are repaired by `refit`.
         forward: how to run a model on a batch or on `example_inputs`, such as `lambda model, batch: model(batch[0])`.
-        forms: which of "dw-pw", "pw-dw" and "pw-dw-pw" to choose from, layer by layer; all by default.
+        forms: which of "dw-pw", "pw-dw" and "pw-dw-pw" to choose from, layer by layer; all by default. With "pw-pw"
+            among them 1x1 kernels are split, too.
         skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
         bake: also split layers whose weight is computed at every call (parametrizations, weight_norm, spectral_norm,
             pruning masks, timm's StdConv2d), by splitting the weight that runs in eval mode for good.
@@ -148,14 +149,14 @@ class Study(Tabular, Generic[M]):
             raise TypeError(f"model is a {type(model).__name__}; want a torch.nn.Module, such as resnet18()")
         self.model, self.forward, self.forms, self.skip, self.bake = model, forward, forms, skip, bake
         self.seed, self.progress = seed, progress
-        forms_named(forms)  # an unknown one is refused before anything long begins
+        pointwise = any(not form.filters for form in forms_named(forms))  # an unknown one is refused before all else
         self.batches = None if calibration is None else checked_batches(calibration)
         if example_inputs is None and self.batches:
             example_inputs = self.batches[0]
         self.example_inputs = example_inputs
         self.trace: Trace = trace(model, example_inputs, forward)
         with same_globals(), plain_arithmetic():  # users' own functions look at layers and say what they equal
-            self.sites: list[Site] = find_sites(model, self.trace, skip=skip, bake=bake)
+            self.sites: list[Site] = find_sites(model, self.trace, skip=skip, bake=bake, pointwise=pointwise)
         self.stopwatch = Stopwatch()
         self._versions = _versions(model)
 

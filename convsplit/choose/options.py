@@ -105,9 +105,9 @@ def exact_menus(sites: Iterable[Site], forms: Sequence[Form] = tuple(FORMS.value
     menus = []
     for site in _splittable(sites):
         assert site.spec is not None
-        structures = [Structure.exact(site.spec, form.name) for form in forms]
-        exact = min((_option(site, each, 0.0) for each in structures), key=lambda option: option.params)
-        menus.append(Menu(site, (dense_option(site), exact)))
+        structures = [Structure.exact(site.spec, form.name) for form in forms if form.suits(site.spec)]
+        exact = sorted((_option(site, each, 0.0) for each in structures), key=lambda option: option.params)
+        menus.append(Menu(site, (dense_option(site), *exact[:1])))
     return menus
 
 
@@ -152,7 +152,7 @@ def _menus(
     for form in forms:
         counts = _grid(form, spec) if rank is None else [form.components(spec, rank)]
         even = rank is not None or (form.expands and form.projects)
-        if not counts:
+        if not counts or not form.suits(spec):
             continue
         structures = [Structure(form.name, count, even) for count in counts]
         measured = [_in_metric(kernel, form, known) for kernel, known in zip(kernels, marginals, strict=True)]
@@ -224,7 +224,7 @@ def unless_measured(site: Site) -> Site:
     measured time can recommend it.
     """
     spec = site.spec
-    if spec is None or not site.splittable or spec.transposed:
+    if spec is None or not site.splittable or spec.transposed or spec.positions == 1:
         return site
     if any(s < k for s, k in zip(spec.stride, spec.kernel_size, strict=True)):
         return site

@@ -15,7 +15,7 @@ from convsplit.choose.plan import Plan
 from convsplit.cli.inputs import read_inputs
 from convsplit.cli.models import argument, imported, load_model
 from convsplit.cli.parser import did_you_mean
-from convsplit.forms import FORMS
+from convsplit.forms import KNOWN
 from convsplit.measure.speed import PREFERENCES
 from convsplit.studies import Study
 
@@ -87,7 +87,7 @@ def choice_arguments(parser: ArgumentParser) -> None:
 def forms_arguments(parser: ArgumentParser) -> None:
     """Limits of the choice."""
     group = parser.add_argument_group("limits")
-    group.add_argument("--forms", type=forms, help=f"only these ({','.join(FORMS)})")
+    group.add_argument("--forms", type=forms, help=f"only these ({','.join(KNOWN)})")
     group.add_argument(
         "--skip", metavar="NAME", action="append", default=[], help="leave this layer alone; a pattern; repeatable"
     )
@@ -193,9 +193,9 @@ def forms(text: str) -> tuple[str, ...]:
     """Read `dw-pw,pw-dw-pw`."""
     names = tuple(text.split(","))
     for name in names:
-        if name not in FORMS:
-            near = did_you_mean(name, FORMS)
-            raise ArgumentTypeError(f"unknown form {name!r}; the forms are {', '.join(FORMS)}{near}")
+        if name not in KNOWN:
+            near = did_you_mean(name, KNOWN)
+            raise ArgumentTypeError(f"unknown form {name!r}; the forms are {', '.join(KNOWN)}{near}")
     return names
 
 

@@ -3,12 +3,13 @@
     dw-pw      depthwise I -> R   pointwise R -> O
     pw-dw      pointwise I -> R   depthwise R -> O
     pw-dw-pw   pointwise I -> R   depthwise R -> R   pointwise R -> O
+    pw-pw      pointwise I -> R   pointwise R -> O                      of 1x1 kernels
 
 Every stage is a plain convolution of torch (so that quantisers, counters and fusers know what to do) that can be looked
 up by name: `pointwise_in`, `depthwise`, `pointwise_out`. Stride, padding, dilation and padding mode belong to the
-depthwise stage alone, and so does padding that depends on the input's size, which is a stage `pad` of its own. Of a
-transposed convolution the depthwise stage is the transposed one. The bias belongs to the last stage: a bias before the
-depthwise stage would meet its zero padding and be wrong along the borders.
+depthwise stage alone (where there is none, to the first), and so does padding that depends on the input's size, a stage
+`pad` of its own. Of a transposed convolution that stage is the transposed one. The bias belongs to the last
+stage: a bias before the depthwise stage would meet its zero padding and be wrong along the borders.
 """
 
 from __future__ import annotations
@@ -103,6 +104,12 @@ class SeparableConv(nn.Module):
         if gathers:
             numbers = _spread(R, spec.in_channels, spec.groups)
             stages["gather"] = ChannelGather(numbers, spec.in_channels, spec.groups, device, axes=spec.axes)
+        if not form.filters:
+            stages["pointwise_in"] = replace(spec, out_channels=R, bias=False).conv(**factory)
+            stages["pointwise_out"] = pointwise(
+                R, spec.out_channels, 1, groups=spec.groups, bias=spec.bias, **factory
+            )
+            return stages
         if form.expands:
             stages["pointwise_in"] = pointwise(spec.in_channels, R, 1, groups=spec.groups, bias=False, **factory)
         reads = R if form.expands or gathers else spec.in_channels
@@ -198,7 +205,7 @@ class SeparableConv(nn.Module):
     @property
     def geometry(self) -> Convolution:
         """The stage that has the stride, the padding and the dilation."""
-        return cast(Convolution, self._modules["depthwise"])
+        return cast(Convolution, self._modules["depthwise" if "depthwise" in self._modules else "pointwise_in"])
 
     @classmethod
     def of(
@@ -293,12 +300,16 @@ class SeparableConv(nn.Module):
     @torch.no_grad()
     def load_factors(self, factors: Factors) -> None:
         """Copy factors of a kernel [G, O, I, K] into the stages; their dtype and device are kept."""
-        stages, depthwise = self.stages, self.geometry.weight
-        depthwise.copy_(factors.spatial.reshape(depthwise.shape))
+        stages = self.stages
+        if "depthwise" in stages:
+            depthwise = self.geometry.weight
+            depthwise.copy_(factors.spatial.reshape(depthwise.shape))
+        else:
+            factors = factors.balanced()  # the number that is a component's filter goes into the stages
         for name, factor in (("pointwise_in", factors.inputs), ("pointwise_out", factors.outputs)):
             if factor is not None:
-                weight = cast(Convolution, stages[name]).weight
-                weight.copy_(factor.reshape(weight.shape))
+                stage = cast(Convolution, stages[name])
+                stage.weight.copy_(ungrouped(factor.unsqueeze(3), ConvSpec.of(stage)).reshape(stage.weight.shape))
         for name, width in (("gather", self.in_channels), ("sum", self.out_channels)):
             if name in stages and factors.channels is not None:
                 cast(ChannelIndex, stages[name]).renumber(_offset(factors.channels, width).tolist())
@@ -307,10 +318,12 @@ class SeparableConv(nn.Module):
         """The stages as factors of the kernel [G, O, I, K]; gradients flow through."""
         stages, G = self.stages, self.groups
         R = self.components // G
-        spatial = self.geometry.weight.reshape(G, R, -1)
+        first = self.geometry.weight
+        spatial = first.reshape(G, R, -1) if "depthwise" in stages else first.new_ones(G, R, 1)
         inputs = outputs = channels = None
         if "pointwise_in" in stages:
-            inputs = cast(Convolution, stages["pointwise_in"]).weight.reshape(G, R, -1)
+            stage = cast(Convolution, stages["pointwise_in"])
+            inputs = grouped(stage.weight, G, stage.transposed).squeeze(3)
         if "pointwise_out" in stages:
             outputs = cast(Convolution, stages["pointwise_out"]).weight.reshape(G, -1, R)
         if inputs is None or outputs is None:

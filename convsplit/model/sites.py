@@ -47,11 +47,14 @@ class Site:
         return not self.reason
 
 
-def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = False) -> list[Site]:
+def find_sites(
+    model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = False, pointwise: bool = False
+) -> list[Site]:
     """List every convolution of a model, in the order of `named_modules`, functional ones (`F.conv2d`) last.
 
     `skip` leaves out layers by name, by glob pattern, or by a predicate `(name, module) -> bool`. `bake` lets layers
     be split whose weight is computed at every call: the weight that runs in eval mode is then split for good.
+    `pointwise` lets 1x1 kernels be split.
 
     Raises:
         ValueError: a name or pattern in `skip` matches no convolution.
@@ -70,7 +73,7 @@ def find_sites(model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = 
         if id(module) in inside or not is_convolution(module):
             continue
         name, *aliases = own = names[id(module)]
-        original, spec, reason = _examine(module, shared, bake)
+        original, spec, reason = _examine(module, shared, bake, pointwise)
         calls = (trace.calls or {}).get(name, ())
         follows = usage.followed_by(own, modules)
         found.append(Site(name, spec, tuple(aliases), calls, reason, usage.count(own), follows, original))
@@ -101,15 +104,17 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in holders(model).items() if count > 1}
 
 
-def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[Equivalent | None, ConvSpec | None, str]:
+def _examine(
+    module: nn.Module, shared: set[int], bake: bool, pointwise: bool
+) -> tuple[Equivalent | None, ConvSpec | None, str]:
     """What a convolution equals and its numbers, where they are known, and why it cannot be split, if so."""
     found = equivalent(module)
     if isinstance(found, str):
         if not isinstance(module, Convolution) or isinstance(module, LazyModuleMixin):
             return None, None, found
-        return None, ConvSpec.of(module), _shape_reason(ConvSpec.of(module)) or found
+        return None, ConvSpec.of(module), _shape_reason(ConvSpec.of(module), pointwise) or found
     spec, weight = ConvSpec.of(found.conv), found.conv.weight
-    reason = _shape_reason(spec)
+    reason = _shape_reason(spec, pointwise)
     if not reason and found.computed and not bake:
         reason = f"{found.computed}; bake=True splits the weight that runs"
     if not reason and any(id(parameter) in shared for parameter in module.parameters()):
@@ -117,10 +122,10 @@ def _examine(module: nn.Module, shared: set[int], bake: bool) -> tuple[Equivalen
     return found, spec, reason or _weight_reason(weight)
 
 
-def _shape_reason(spec: ConvSpec) -> str:
+def _shape_reason(spec: ConvSpec, pointwise: bool = False) -> str:
     if not spec.weight_params:
         return "without channels: its weight holds no numbers"
-    if spec.positions == 1:
+    if spec.positions == 1 and not (pointwise and min(spec.in_channels, spec.out_channels) > spec.groups):
         return "1x1 kernel: already pointwise"
     # One input channel by itself is a bank of filters, and so is each of a depthwise layer's with a multiplier.
     if spec.groups == spec.in_channels == spec.out_channels and spec.groups > 1:

@@ -123,7 +123,8 @@ def fit_factors(
     whitened = [whitened_factors(problem, form, current, even=even, seed=seed)]
     fitted = [improved(problem, start, sweeps=0) for start in (current, *starts, *whitened)]
     start = min(fitted, key=lambda each: each[1])[0]
-    sweeps = min(MOST_SWEEPS, _affordable_sweeps(problem, start))
+    # Of one position the metric is that of the channels, and the SVD in it the best there is.
+    sweeps = min(MOST_SWEEPS, _affordable_sweeps(problem, start)) if form.filters else 0
     return improved(problem, start, sweeps)[0] if sweeps else start
 
 
@@ -144,7 +145,7 @@ def whitened_factors(problem: Quadratic, form: Form, current: Factors, *, even: 
     if form.projects:
         outputs = Root.of(problem.F.unsqueeze(0)).root
         white = torch.einsum("gpo,goik->gpik", outputs, white).contiguous()
-    if current.outputs is not None and current.inputs is not None:
+    if form.filters and current.outputs is not None and current.inputs is not None:
         A, B, C = outputs @ current.outputs, channels.root @ current.inputs.mT, positions.root @ current.spatial.mT
         cp_fit = cp(white, A.shape[2], start=CP(A, B, C, error=1.0), iterations=CP_SWEEPS)
         fit = Factors(spatial=cp_fit.C.mT, inputs=cp_fit.B.mT, outputs=cp_fit.A)

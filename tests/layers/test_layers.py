@@ -141,7 +141,8 @@ def test_from_conv_leaves_random_state_and_conv_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"form": "pw-pw"}, "unknown form 'pw-pw'; the forms are 'dw-pw'"),
+        ({"form": "dw-dw"}, "unknown form 'dw-dw'; the forms are 'dw-pw'"),
+        ({"form": "pw-pw", "rank": 2}, "for 1x1 kernels; this one has 9 positions"),
         ({"form": "dw-pw", "rank": 0}, "rank is at least 1"),
         ({"form": "pw-dw-pw"}, "wants rank="),
         ({"form": "dw-pw", "rank": 1, "components": 6}, "not both"),
