@@ -18,6 +18,8 @@ from convsplit.model.guards import same_globals
 from convsplit.model.running import Batch
 from convsplit.progress import track
 from convsplit.report.curves import Frontier
+from convsplit.runtimes import Runtime
+from convsplit.runtimes.base import Prepare
 from convsplit.searches import Finetune
 from convsplit.studies import BUDGETS, Study, StudyOptions, checked_options
 
@@ -202,9 +204,9 @@ def bench(
     *,
     budgets: Sequence[Budget] = (Budget(macs=0.5), Budget(macs=0.25)),
     batch_sizes: Sequence[int] = (1, 8),
+    runtimes: Sequence[str | Runtime | Prepare] = ("torch",),
     threads: Sequence[int] | None = None,
     layouts: Sequence[str] = LAYOUTS,
-    compiled: bool = False,
     deployed: bool = False,
     prefer: str = "speed",
     seconds: float = 20.0,
@@ -212,18 +214,19 @@ def bench(
 ) -> Bench:
     """Measure what conversions at several budgets gain on this machine, before any factor is computed.
 
-    Split layers are filled with random numbers, whose speed is that of fitted ones. For each batch size, number of
-    threads and layout the choice is made again by measurement, and both models are timed in turns.
+    Split layers are filled with random numbers, whose speed is that of fitted ones. For each batch size, runtime,
+    number of threads and layout the choice is made again by measurement, and both models are timed in turns.
 
     Args:
         model: the model; it is not changed.
         example_inputs: as for `convert`; rows of its tensors are repeated or left out for other batch sizes.
         budgets: what to measure.
         batch_sizes: numbers of images run at once.
+        runtimes: where to run both, side by side: names and functions as for `Stopwatch`.
         threads: numbers of CPU threads; by default one, and as many as torch uses now.
-        layouts: "contiguous" and "channels_last".
-        compiled: also measure both models after `torch.compile`.
-        deployed: run both models through `for_inference` first, which folds batch norm.
+        layouts: "contiguous" and "channels_last"; runtimes other than PyTorch have their own.
+        deployed: run both models through `for_inference` first, which folds batch norm. ONNX Runtime and OpenVINO
+            always get them like that.
         prefer: as for `convert`.
         seconds: roughly how long to measure the layers of each case; models take a few seconds more.
         **options: as for `study`.
@@ -243,15 +246,15 @@ def bench(
         raise ValueError(f"{known.title} has no convolution that can be split: nothing to measure")
     rows: list[BenchRow] = []
     notes: list[str] = []
-    for where in track(cases_of(batch_sizes, threads, layouts), "Measuring", progress=known.progress):
-        case = case_of(model, known.example_inputs, *where)
+    for where in track(cases_of(batch_sizes, runtimes, threads, layouts), "Measuring", progress=known.progress):
+        case, runtime = case_of(model, known.example_inputs, where), where[1]
         torch.set_num_threads(case.threads)
-        here, stopwatch = known.of_copy(case.model, case.inputs), Stopwatch(seconds=seconds)
+        here, stopwatch = known.of_copy(case.model, case.inputs), Stopwatch(seconds=seconds, runtime=runtime)
         for budget in budgets:
             try:
                 plan = here.timed_plan(budget, prefer=prefer, stopwatch=stopwatch)
             except ValueError as error:
                 notes.append(f"{case}: {error}")
                 continue
-            rows += case.measured(plan, forward=known.forward, deployed=deployed, compiled=compiled)
+            rows.append(case.measured(plan, runtime, forward=known.forward, deployed=deployed))
     return Bench(known.title, tuple(rows), tuple(notes))

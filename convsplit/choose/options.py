@@ -75,17 +75,20 @@ def find_menus(
     *,
     forms: Sequence[Form] = tuple(FORMS.values()),
     rank: int | None = None,
+    even: bool = False,
     marginals: Mapping[str, Marginals] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> list[Menu]:
     """The options of every splittable site: a grid of ranks of each form, or the one given `rank`.
 
-    `marginals` of the sites' inputs, from `measure_marginals`, turn errors of weights into errors of outputs.
+    With `even` all depth multipliers that save something, instead of unequal ones: no channels are gathered or added up
+    then, which some runtimes are slow at. `marginals` of the sites' inputs, from `measure_marginals`, turn errors of
+    weights into errors of outputs.
     """
 
     def menus(alike: list[Site]) -> list[Menu]:
-        return _menus(alike, forms, rank, [(marginals or {}).get(site.name) for site in alike], seed)
+        return _menus(alike, forms, rank, even, [(marginals or {}).get(site.name) for site in alike], seed)
 
     return in_batches(
         menus, _splittable(sites), "Error curves", alike=_kind, size=lambda site: dense_option(site).params,
@@ -140,6 +143,7 @@ def _menus(
     sites: Sequence[Site],
     forms: Sequence[Form],
     rank: int | None,
+    even: bool,
     marginals: Sequence[Marginals | None],
     seed: int,
 ) -> list[Menu]:
@@ -150,13 +154,14 @@ def _menus(
     options: list[list[Option]] = [[] for _ in sites]
     fits: list[tuple[CP, ...]] = [() for _ in sites]
     for form in forms:
-        counts = _grid(form, spec) if rank is None else [form.components(spec, rank)]
-        even = rank is not None or (form.expands and form.projects)
+        counts = _multiples(form, spec) if even else _grid(form, spec)
+        counts = counts if rank is None else [form.components(spec, rank)]
+        equal = even or rank is not None or (form.expands and form.projects)
         if not counts or not form.suits(spec):
             continue
-        structures = [Structure(form.name, count, even) for count in counts]
+        structures = [Structure(form.name, count, equal) for count in counts]
         measured = [_in_metric(kernel, form, known) for kernel, known in zip(kernels, marginals, strict=True)]
-        for index, curve in enumerate(form.curves(measured, counts, even=even, seed=seed)):
+        for index, curve in enumerate(form.curves(measured, counts, even=equal, seed=seed)):
             options[index] += [
                 _option(sites[index], each, error) for each, error in zip(structures, curve.errors, strict=True)
             ]
@@ -240,6 +245,12 @@ def _grid(form: Form, spec: ConvSpec) -> list[int]:
     wanted = (most * ratio**index for index in range(GRID))
     counts = {_rounded(count / spec.groups) * spec.groups for count in wanted}
     return sorted(count for count in counts if spec.groups <= count <= most)
+
+
+def _multiples(form: Form, spec: ConvSpec) -> list[int]:
+    """Numbers of components of all ranks that save parameters."""
+    channels = form.channels(spec)
+    return list(range(channels, form.most_components(spec) + 1, channels))
 
 
 def _rounded(rank: float) -> int:

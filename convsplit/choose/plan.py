@@ -35,18 +35,24 @@ FORMAT = 1  # raised when the JSON of plans changes so that older versions canno
 
 @dataclass(frozen=True)
 class Conditions:
-    """What milliseconds were measured under; another device, layout or number of threads gives others."""
+    """What milliseconds were measured under; another runtime, device, layout or number of threads gives others.
+
+    `dtype` is the precision of the arithmetic, `version` that of the runtime, empty where it is not known.
+    """
 
     device: str
     dtype: str
     layout: str
     threads: int
     training: bool = False
+    runtime: str = "torch"
+    version: str = ""
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         what = "forward and backward" if self.training else "inference"
-        return f"{what} on {self.device}, {self.dtype}, {self.layout}, {threads}"
+        where = f"{self.runtime} {self.version}".strip()
+        return f"{what} in {where} on {self.device}, {self.dtype}, {self.layout}, {threads}"
 
 
 @dataclass(frozen=True)

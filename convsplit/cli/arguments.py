@@ -17,6 +17,8 @@ from convsplit.cli.models import argument, imported, load_model
 from convsplit.cli.parser import did_you_mean
 from convsplit.forms import KNOWN
 from convsplit.measure.speed import PREFERENCES
+from convsplit.measure.stopwatch import Stopwatch
+from convsplit.runtimes import RUNTIMES
 from convsplit.studies import Study
 
 TARGETS = ("drift", "agreement", "lost")
@@ -71,6 +73,7 @@ def choice_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--prefer", choices=PREFERENCES, default="accuracy", help="speed: only what is measured faster (accuracy)"
     )
+    runtime_argument(group)
     how.add_argument("--plan", metavar="FILE", type=Path, help="use this plan, as written by `convsplit plan --out`")
     group.add_argument(
         "--minimise", choices=MINIMISED, default="params", help="for --target: what to make small (params)"
@@ -82,6 +85,11 @@ def choice_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--lower-is-better", action="store_true", help="--metric is an error or a loss")
     forms_arguments(parser)
+
+
+def runtime_argument(group: Any) -> None:
+    """Where time is measured."""
+    group.add_argument("--runtime", choices=RUNTIMES, default="torch", help="where milliseconds are measured (torch)")
 
 
 def forms_arguments(parser: ArgumentParser) -> None:
@@ -148,7 +156,10 @@ def plan_of(args: Namespace, known: Study[nn.Module]) -> Plan:
     """The plan a command line names or describes."""
     if args.plan is not None:
         return Plan.load(args.plan)
-    return known.plan(quality_of(args) or args.budget, rank=args.rank, exact=args.exact, prefer=args.prefer)
+    return known.plan(
+        quality_of(args) or args.budget, rank=args.rank, exact=args.exact, prefer=args.prefer,
+        stopwatch=Stopwatch(runtime=args.runtime),
+    )  # fmt: skip
 
 
 def quality_of(args: Namespace) -> Budget | None:
@@ -196,6 +207,16 @@ def forms(text: str) -> tuple[str, ...]:
         if name not in KNOWN:
             near = did_you_mean(name, KNOWN)
             raise ArgumentTypeError(f"unknown form {name!r}; the forms are {', '.join(KNOWN)}{near}")
+    return names
+
+
+def runtimes(text: str) -> tuple[str, ...]:
+    """Read `onnxruntime,openvino,torch`."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in RUNTIMES:
+            near = did_you_mean(name, RUNTIMES)
+            raise ArgumentTypeError(f"unknown runtime {name!r}; the runtimes are {', '.join(RUNTIMES)}{near}")
     return names
 
 

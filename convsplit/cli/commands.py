@@ -31,6 +31,7 @@ from convsplit.cli.arguments import (
     progress_of,
     quality_of,
     required_inputs_of,
+    runtimes,
     seed_argument,
     study_of,
 )
@@ -44,6 +45,7 @@ from convsplit.measure.speed import PREFERENCES
 from convsplit.repair.refitting import refit as refit_layers
 from convsplit.report import Frontier, compare
 from convsplit.rewrite import merge as merge_layers
+from convsplit.runtimes import RUNTIMES
 from convsplit.storage import load, save
 from convsplit.studies import BUDGETS
 from convsplit.tables import Table, count, share
@@ -120,7 +122,7 @@ def report(args: Namespace) -> None:
     """
     inputs, model = required_inputs_of(args), model_of(args)
     converted = _converted(args, model, inputs)
-    made = compare(converted, model, inputs, time=args.time, progress=progress_of(args))
+    made = compare(converted, model, inputs, time=args.time, runtime=args.runtime, progress=progress_of(args))
     for path, text in ((args.out, made.to_json), (args.markdown, made.to_markdown), (args.csv, made.to_csv)):
         if path:
             write(path, text())
@@ -224,7 +226,13 @@ def _bench_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--batches", metavar="N,N,...", type=numbers, default=(1, 8), help="images at once (1,8)")
     group.add_argument("--threads", metavar="N,N,...", type=numbers, help="CPU threads (one, and all there are)")
     group.add_argument("--layout", choices=LAYOUTS, help="only this memory layout (both)")
-    group.add_argument("--compile", action="store_true", help="also measure after torch.compile")
+    group.add_argument(
+        "--runtime",
+        metavar="NAME,NAME,...",
+        type=runtimes,
+        default=("torch",),
+        help=f"of {', '.join(RUNTIMES)} (torch)",
+    )
     group.add_argument("--deployed", action="store_true", help="fold batch norm in both models first")
     group.add_argument("--prefer", choices=PREFERENCES, default="speed", help="speed: only what is faster (speed)")
     group.add_argument("--seconds", metavar="S", type=float, default=20.0, help="for the layers of each case (20)")
@@ -238,12 +246,12 @@ def _bench_arguments(parser: ArgumentParser) -> None:
 def bench(args: Namespace) -> None:
     """Measure on this machine what conversion gains: dense against converted at several budgets.
 
-    example: convsplit bench torchvision.models:resnet18 --input 1x3x224x224 --budgets 0.5,0.25 --batches 1,8
+    example: convsplit bench torchvision.models:resnet18 --input 1x3x224x224 --runtime onnxruntime,openvino,torch
     """
     inputs, model = required_inputs_of(args), model_of(args)
     made = api.bench(
         model, inputs[0], budgets=[Budget.of_kind(args.kind, each) for each in args.budgets], batch_sizes=args.batches,
-        threads=args.threads, layouts=[args.layout] if args.layout else LAYOUTS, compiled=args.compile,
+        threads=args.threads, layouts=[args.layout] if args.layout else LAYOUTS, runtimes=args.runtime,
         prefer=args.prefer, forms=args.forms, skip=args.skip, deployed=args.deployed, seconds=args.seconds,
         progress=progress_of(args),
     )  # fmt: skip

@@ -2,13 +2,17 @@
 
 Options are measured alone (`Stopwatch`), the choice is then measured within the model, where caches and memory are
 shared, and made anew if it does not hold there. Split layers get random numbers for that, not factors.
+
+Eager PyTorch lets hooks time each layer within the model. Other runtimes do not: there the whole model is timed before
+and after, layers keep what they took alone, and what the model gained is what the layers gained together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from convsplit.choose.allocation import allocate
@@ -16,15 +20,17 @@ from convsplit.choose.budget import Budget
 from convsplit.choose.options import Menu, Option, closest_split
 from convsplit.choose.plan import Conditions, Plan, PlannedLayer
 from convsplit.measure.stopwatch import Stopwatch, with_noise
-from convsplit.measure.timing import Timing, conditions_of, time_models
+from convsplit.measure.timing import Timing, conditions_of, prepared, time_models, time_runs
 from convsplit.model.copies import scratch_copy
-from convsplit.model.running import Batch, Forward
+from convsplit.model.running import Batch, Forward, tensors_in
 from convsplit.rewrite import apply_plan
+from convsplit.runtimes import Runtime
 from convsplit.tables import milliseconds
 
 PREFERENCES = ("accuracy", "speed")
 MARGIN = 0.97  # of the dense layer's time: what an option must stay below to count as faster
 TRIES = 5  # of making the choice again
+HALVINGS = 10  # of the milliseconds within which a budget of MACs is kept
 CLOSE, TOLERANCE = 0.02, 0.05  # of the wanted fraction: what is aimed at, and what is accepted
 
 _HINT = '; options that are not measured faster than the dense layers were left out, prefer="accuracy" has them all'
@@ -62,21 +68,23 @@ def choose_by_time(
         ValueError: as `allocate`; also where no choice is as fast within the model as a budget of latency asks.
     """
     model = scratch_copy(model)  # which is run, and may write to its weights or its state meanwhile
-    conditions = conditions_of(model, example_inputs, training=stopwatch.training)
+    runtime = stopwatch.where
+    conditions = conditions_of(model, example_inputs, training=stopwatch.training, runtime=runtime)
     offered = stopwatch.timed(menus, conditions, progress=progress)
     if prefer == "speed":
         offered = [_faster_only(menu) for menu in offered]
     asked, best = budget, None
     by_latency = budget is not None and budget.kind == "latency"
-    (whole,) = time_models([model], example_inputs, forward=forward)
+    within = _Within(model, example_inputs, forward, runtime)
+    whole = within.alone()
     for attempt in range(TRIES):
         try:
-            chosen = _choose(offered, asked, model_params, model_macs, whole.total)
+            chosen = _choose(offered, asked, prefer, model_params, model_macs, whole.total)
         except ValueError as error:
             if best is not None and by_latency:  # asked for less than there is, on the way
                 break
             raise ValueError(f"{error}{_HINT if prefer == 'speed' else ''}") from error
-        before, after = _measured(model, example_inputs, forward, offered, chosen)
+        before, after = within.measured(offered, chosen)
         timed = _in_place(offered, chosen, before, after, conditions)
         again = False
         if prefer == "speed":  # the last try finds such layers with their dense option only
@@ -109,40 +117,102 @@ def _faster_only(menu: Menu) -> Menu:
 
 
 def _choose(
-    menus: list[Menu], budget: Budget | None, model_params: int, model_macs: int | None, model_milliseconds: float
-) -> list[Option]:
+    menus: list[Menu], budget: Budget | None, prefer: str, model_params: int, model_macs: int | None,
+    model_milliseconds: float,
+) -> list[Option]:  # fmt: skip
     if budget is None:
         return [closest_split(menu) for menu in menus]
-    return allocate(
-        menus, budget, model_params=model_params, model_macs=model_macs, model_milliseconds=model_milliseconds
-    ).options
+
+    def within(asked: Budget) -> list[Option]:
+        return allocate(
+            menus, asked, model_params=model_params, model_macs=model_macs, model_milliseconds=model_milliseconds
+        ).options
+
+    chosen = within(budget)
+    if prefer == "speed" and budget.kind in ("params", "macs"):
+        return _by_milliseconds(chosen, budget.kind, within)
+    return chosen
 
 
-def _measured(
-    model: nn.Module, example_inputs: Batch, forward: Forward | None, menus: list[Menu], chosen: list[Option]
-) -> tuple[Timing, Timing]:
-    """The model as it is and as chosen, and all layers that could be split within both."""
-    planned = tuple(
-        PlannedLayer(menu.site.name, menu.site.spec, menu.dense, option)
-        for menu, option in zip(menus, chosen, strict=True)
-    )
-    trial = with_noise(apply_plan(model, Plan(planned, 0), initialise=False, progress=False))
-    names = [menu.site.name for menu in menus if menu.site.calls]
-    before, after = time_models([model, trial], example_inputs, layers=[names, names], forward=forward)
-    return before, after
+def _by_milliseconds(chosen: list[Option], kind: str, within: Callable[[Budget], list[Option]]) -> list[Option]:
+    """Of the choices that cost no more parameters or MACs than this one, the best for the milliseconds it takes.
+
+    A budget of MACs asks for those MACs; where they are spent time decides, so that forms and layers in which a MAC
+    takes longest get fewest. Budgets of milliseconds are narrowed down, by halves, to the largest that costs no more.
+    """
+
+    def cost(options: list[Option]) -> int:
+        return sum(getattr(option, kind) or 0 for option in options)
+
+    low, high, best, allowed = 0.0, 1.0, chosen, cost(chosen)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        try:
+            found = within(Budget(latency=middle))
+        except ValueError:  # faster than anything is
+            low = middle
+            continue
+        if cost(found) <= allowed:
+            low, best = middle, found
+        else:
+            high = middle
+    return best
+
+
+class _Within:
+    """A model that choices are tried in. Where it has to be exported to run, that is done once."""
+
+    def __init__(self, model: nn.Module, example_inputs: Batch, forward: Forward | None, runtime: Runtime) -> None:
+        self.model, self.inputs, self.forward, self.runtime = model, example_inputs, forward, runtime
+        self.clock = runtime.clock(next((t.device for t in tensors_in(example_inputs)), torch.device("cpu")))
+        self.run = None if runtime.inside else prepared(runtime, model, example_inputs, forward)
+
+    def alone(self) -> Timing:
+        """The model as it is."""
+        if self.run is None:
+            return time_models([self.model], self.inputs, forward=self.forward)[0]
+        return time_runs([self.run], self.clock)[0]
+
+    def measured(self, menus: list[Menu], chosen: list[Option]) -> tuple[Timing, Timing]:
+        """The model as it is and as chosen, and all layers that could be split within both if those can be seen."""
+        planned = tuple(
+            PlannedLayer(menu.site.name, menu.site.spec, menu.dense, option)
+            for menu, option in zip(menus, chosen, strict=True)
+        )
+        trial = with_noise(apply_plan(self.model, Plan(planned, 0), initialise=False, progress=False))
+        if self.run is None:
+            names = [menu.site.name for menu in menus if menu.site.calls]
+            before, after = time_models([self.model, trial], self.inputs, layers=[names, names], forward=self.forward)
+        else:
+            tried = prepared(self.runtime, trial, self.inputs, self.forward)
+            before, after = time_runs([self.run, tried], self.clock)
+        return before, after
 
 
 def _in_place(
     menus: list[Menu], chosen: list[Option], before: Timing, after: Timing, conditions: Conditions
 ) -> Timed:
     """The choice with the milliseconds measured within the model; a layer left dense takes what it took before."""
+    shared = _kept_of_gains(menus, chosen, before.total - after.total)
     updated, options = [], []
     for menu, option in zip(menus, chosen, strict=True):
-        name = menu.site.name
-        dense = replace(menu.dense, milliseconds=before.layers.get(name, 0.0))
+        name, alone = menu.site.name, menu.dense.milliseconds or 0.0
+        slow = before.layers.get(name, 0.0) if before.layers else alone
+        gained = shared * (alone - (option.milliseconds or 0.0))
+        fast = after.layers.get(name, 0.0) if before.layers else max(0.0, alone - gained)
+        dense = replace(menu.dense, milliseconds=slow)
         updated.append(replace(menu, options=(dense, *menu.options[1:])))
-        options.append(dense if option.dense else replace(option, milliseconds=after.layers.get(name, 0.0)))
+        options.append(dense if option.dense else replace(option, milliseconds=fast))
     return Timed(updated, options, (before.total, after.total), conditions)
+
+
+def _kept_of_gains(menus: list[Menu], chosen: list[Option], gained: float) -> float:
+    """What the model gained over what its layers gain alone."""
+    alone = sum(
+        (menu.dense.milliseconds or 0.0) - (option.milliseconds or 0.0)
+        for menu, option in zip(menus, chosen, strict=True)
+    )
+    return gained / alone if alone > 0 else 1.0
 
 
 def _without_slower(

@@ -7,7 +7,9 @@ device, in its dtype and memory layout, with the present number of threads, at t
 Two kinds of measurement:
 
 * `Stopwatch`: a layer and a coarse grid of its options, alone and in turns (dense, first option, second option, dense,
-  ...), so that a machine that slows down slows them all. Between measured ranks milliseconds are interpolated.
+  ...), so that a machine that slows down slows them all. Between measured ranks milliseconds are interpolated. Runtimes
+  that store images in blocks of channels are offered widths that fill their blocks, where there are such: others leave
+  the fast kernels of the depthwise stage and can take ten times as long.
 * `time_models`: whole models in turns, and each of their layers within its model, with the caches as they are there.
 """
 
@@ -29,6 +31,8 @@ from convsplit.kinds import Equivalent
 from convsplit.layers.separable import ARRANGEMENTS, SeparableConv
 from convsplit.measure.timing import milliseconds_in_turns
 from convsplit.progress import track
+from convsplit.runtimes import Runtime, runtime_of
+from convsplit.runtimes.base import Prepare
 from convsplit.spec import Convolution, ConvSpec
 from convsplit.structure import Structure
 
@@ -48,17 +52,36 @@ class Stopwatch:
         seconds: about the longest that one `timed` may take. Of slow layers fewer ranks are measured, each at least
             twice; a candidate that is much slower than the dense layer is not run again.
         training: time forward and backward passes instead of inference.
+        runtime: where: "torch", "torch.compile", "torch.amp", "torch.cuda_graph", "onnxruntime", "openvino", or a
+            function `(model, batch) -> run`, called for layers (with one tensor) and for whole models; `run()` runs
+            once and may return the milliseconds it measured, as a float.
+
+    Raises:
+        ValueError: an unknown runtime, or one that does not train for `training`.
+        ImportError: a runtime that is not installed.
     """
 
     seconds: float = 30.0
     training: bool = False
+    runtime: str | Runtime | Prepare = "torch"
     _known: dict[tuple[Any, ...], _Curves] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.runtime = runtime_of(self.runtime)
+        if self.training and not self.runtime.trains:
+            raise ValueError(f"runtime {self.runtime.name!r} does not train; training=True is for 'torch'")
+
+    @property
+    def where(self) -> Runtime:
+        """The runtime as a value."""
+        return runtime_of(self.runtime)
 
     def timed(self, menus: Sequence[Menu], conditions: Conditions, *, progress: bool | None = None) -> list[Menu]:
         """The same menus with the milliseconds of every option, and the arrangement in which it takes those.
 
         Sites that the example inputs never reached cost nothing.
         """
+        menus = [_in_blocks(menu, self.where.block) for menu in menus]
         cases = {
             self._key(menu, shape, conditions): (menu, shape)
             for menu in menus
@@ -88,24 +111,26 @@ class Stopwatch:
     def _measured(
         self, original: Equivalent, options: Sequence[Option], shape: Shape, conditions: Conditions, seconds: float
     ) -> _Curves:
-        conv = original.conv
-        last = conditions.layout == "channels_last" and conv.weight.dim() == len(shape) == 4
-        layout = torch.channels_last if last else None
+        conv, runtime = original.conv, self.where
+        shape = shape if len(shape) == conv.weight.dim() else (1, *shape)
+        layout = torch.channels_last if conditions.layout == "channels_last" and len(shape) == 4 else None
         x = torch.randn(shape, device=conv.weight.device).to(conv.weight.dtype)
         x = x if layout is None else x.contiguous(memory_format=layout)
         dense = _dense(original)
         candidates: dict[_Candidate, nn.Module] = {_Candidate(None, "stages"): dense}
-        (once,) = milliseconds_in_turns([_inference(dense, x)], 0.0, least_rounds=1)
+        run = _forward_and_backward if self.training else runtime.prepare_layer
+        clock = runtime.clock(x.device)
+        (once,) = milliseconds_in_turns([run(dense, x)], 0.0, clock=clock, least_rounds=1)
         for structure in _coarse(options, COARSE if once < 1e3 * seconds / 100 else COARSER):
             layer = with_noise(SeparableConv.empty_like(conv, **vars(structure), pad=original.pad))
-            for arrangement, arranged in _arranged(layer, [shape]).items():
+            for arrangement, arranged in _arranged(layer, [shape], runtime.arrangements).items():
                 candidates[_Candidate(structure, arrangement)] = arranged
         if layout is not None:
             candidates = {name: module.to(memory_format=layout) for name, module in candidates.items()}
-        run = _forward_and_backward if self.training else _inference
         turns = [run(module.train(self.training), x) for module in candidates.values()]
-        taken = milliseconds_in_turns(turns, seconds, least_rounds=1, hopeless=HOPELESS)
-        return _Curves.of(dict(zip(candidates, taken, strict=True)))
+        taken = milliseconds_in_turns(turns, seconds, clock=clock, least_rounds=1, hopeless=HOPELESS)
+        each = [time / (1 if self.training else runtime.copies) for time in taken]
+        return _Curves.of(dict(zip(candidates, each, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -159,7 +184,15 @@ def _with_time(option: Option, curves: Sequence[_Curves]) -> Option:
     return replace(option, milliseconds=totals[best], arrangement=best)
 
 
-def _arranged(layer: SeparableConv, shapes: Sequence[Shape]) -> dict[str, SeparableConv]:
+def _in_blocks(menu: Menu, block: int) -> Menu:
+    """Of the options those whose widths are multiples of the block, if there are any."""
+    fitting = [option for option in menu.options[1:] if option.structure and option.structure.components % block == 0]
+    return replace(menu, options=(menu.dense, *fitting)) if fitting else menu
+
+
+def _arranged(
+    layer: SeparableConv, shapes: Sequence[Shape], arrangements: Sequence[str] = ARRANGEMENTS
+) -> dict[str, SeparableConv]:
     """Copies of a layer in each arrangement that it has and that may pay on inputs of these shapes."""
 
     def exceeds_cache(shape: Shape) -> bool:
@@ -167,7 +200,7 @@ def _arranged(layer: SeparableConv, shapes: Sequence[Shape]) -> dict[str, Separa
         return images > 1 and images * layer.components * math.prod(size) > LARGE
 
     found = {}
-    for name in ARRANGEMENTS:
+    for name in arrangements:
         if layer.can_run(name) and (name != "by image" or any(map(exceeds_cache, shapes))):
             found[name] = copy.deepcopy(layer)
             found[name].arrangement = name
@@ -230,5 +263,6 @@ def fastest_arrangement(layer: SeparableConv, shapes: Sequence[Shape], *, second
         return next(iter(arranged))
     weight = layer.geometry.weight
     inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in dict.fromkeys(shapes)]
-    times = milliseconds_in_turns([_inference(candidate, *inputs) for candidate in arranged.values()], seconds)
+    turns = [_inference(candidate, *inputs) for candidate in arranged.values()]
+    times = milliseconds_in_turns(turns, seconds, clock=runtime_of("torch").clock(weight.device))
     return min(zip(times, arranged, strict=True))[1]

@@ -15,7 +15,7 @@ from convsplit.data.batches import batches_of
 from convsplit.forms import form_named
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
-from convsplit.measure.timing import Timing, time_models
+from convsplit.measure.timing import Timing, conditions_of, time_models
 from convsplit.model.copies import scratch_copy
 from convsplit.model.graphs import Trace
 from convsplit.model.guards import RandomState
@@ -36,6 +36,8 @@ from convsplit.model.values import class_scores, count_inputs, stored_bytes, ten
 from convsplit.progress import track
 from convsplit.report.reports import Report
 from convsplit.report.values import Drift, KeptLayer, LayerReport
+from convsplit.runtimes import Runtime
+from convsplit.runtimes.base import Prepare
 from convsplit.spec import Convolution, ConvSpec, parameter_count
 
 CANCELLING = 10.0  # of the kernel's norm: components above lose a digit of it to each other
@@ -49,6 +51,7 @@ def compare(
     *,
     forward: Forward | None = None,
     time: bool = False,
+    runtime: str | Runtime | Prepare = "torch",
     progress: bool | None = None,
 ) -> Report:
     """Measure what the conversion of `original` to `converted` saved, and how far it moved the output.
@@ -62,6 +65,7 @@ def compare(
             `lambda model, batch: model(batch[0])`.
         time: also measure the median milliseconds of both models on the first batch, in turns, and of the split layers
             within them, for a few seconds.
+        runtime: where to measure it, as for `Stopwatch`; layers are timed in eager PyTorch alone.
         progress: show a progress bar; by default only on a terminal.
 
     MACs are per input, measured on the first batch. Copies of both models are run, in eval mode and, where a model
@@ -93,8 +97,9 @@ def compare(
         if time:
             names = list(seen.pairs)
             times = time_models(
-                [before, after], first[0], layers=[names, names], forward=forward, seconds=TIMED_SECONDS
-            )
+                [before, after], first[0], layers=[names, names], forward=forward, seconds=TIMED_SECONDS,
+                runtime=runtime,
+            )  # fmt: skip
         layers = tuple(seen.layer(name, costs, times) for name in seen.pairs)
     return Report(
         model=type(original).__name__,
@@ -106,6 +111,7 @@ def compare(
         images=seen.inputs,
         stored_bytes=(_bytes(original), _bytes(converted)),
         milliseconds=None if times is None else (times[0].total, times[1].total),
+        conditions=None if times is None else conditions_of(before, first[0], runtime=runtime),
         kept=tuple(_kept(before, set(seen.pairs))),
         notes=(*_notes(layers), *seen.notes(), *costs.notes),
     )

@@ -18,6 +18,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from convsplit.choose.plan import Conditions
 from convsplit.report.verdict import Evidence, Verdict, judge
 from convsplit.tables import (
     Table,
@@ -94,8 +95,9 @@ class Measured(Tabular):
 
     `params`, `macs` (per input), `conv_params` and `conv_macs` are before and after: of the whole model, and of the
     layers that were split; likewise `stored_bytes` of all tensors, and `milliseconds` of the first batch where they
-    were measured. `drift` is that of the model's output, `agreement` the share of inputs with the same top-1 class
-    (None where no output is known to be class scores); `images` is the number of inputs it was measured on.
+    were measured, under `conditions`. `drift` is that of the model's output, `agreement` the share of inputs with the
+    same top-1 class (None where no output is known to be class scores); `images` is the number of inputs it was
+    measured on.
     """
 
     model: str
@@ -107,6 +109,7 @@ class Measured(Tabular):
     images: int
     stored_bytes: tuple[int, int]
     milliseconds: tuple[float, float] | None = None
+    conditions: Conditions | None = None
     kept: tuple[KeptLayer, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -179,6 +182,8 @@ class Measured(Tabular):
             )
         if self.agreement is not None:
             lines.append(f"top-1 agreement with the original: {percent(self.agreement)}")
+        if self.conditions is not None:
+            lines.append(f"milliseconds of {self.conditions}")
         return "\n".join([*lines, *self.notes])
 
     def records(self) -> list[dict[str, Any]]:
@@ -205,9 +210,10 @@ class Measured(Tabular):
             drift, notes = _drift(data.pop("drift")), tuple(data.pop("notes"))
             times, size = data.pop("milliseconds"), _pair(data.pop("stored_bytes"))
             kept = tuple(KeptLayer(**layer) for layer in data.pop("kept"))
+            found = data.pop("conditions", None)
             return cls(
                 layers=layers, params=params, macs=macs, drift=drift, notes=notes, kept=kept, stored_bytes=size,
-                milliseconds=_times(times), **data,
+                milliseconds=_times(times), conditions=None if found is None else Conditions(**found), **data,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a report of convsplit: {type(error).__name__}: {error}") from error
