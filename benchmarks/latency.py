@@ -1,9 +1,11 @@
 """What conversion gains in measured time: whole models, dense and converted in turns, in one run.
 
     python benchmarks/latency.py [--networks NETWORKS.py] [--models vgg16_bn resnet18 resnet50] [--batches 1 8]
+    python benchmarks/latency.py --runtimes onnxruntime openvino torch --budgets macs=0.25 --threads 1 --no-layers
 
 Torchvision models at 224 x 224 have random weights: time does not depend on them, though the choice of layers to spend
-a budget on does. NETWORKS.py (as for benchmarks/accuracy.py) adds its ResNet-56 at batch 64. Prints Markdown: for each
+a budget on does. So have yolov8n (ultralytics) at 320 x 320 and unet (segmentation_models_pytorch, on a ResNet-18) at
+224 x 224. NETWORKS.py (as for benchmarks/accuracy.py) adds its ResNet-56 at batch 64. Prints Markdown: for each
 budget, layout and batch size the kept fraction of MACs, the milliseconds before and after, the speed-up, and which
 part of the speed-up that the MACs promise was reached; then, layer by layer, where that part is low.
 """
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 import convsplit
 from convsplit import Budget
+from convsplit.cli.arguments import budget
 from convsplit.measure.bench import LAYOUTS
 from convsplit.measure.stopwatch import Stopwatch
 from convsplit.tables import Table, times_faster
@@ -28,13 +31,26 @@ Case = tuple[str, nn.Module, Tensor, list[int]]
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """Name, model, an image, and batch sizes."""
     if arguments.models:
-        import torchvision
-
         for name in arguments.models:
-            model = torchvision.models.get_model(name, weights=None).eval()
-            yield name, model, torch.randn(1, 3, 224, 224), arguments.batches
+            size = 320 if name == "yolov8n" else 224
+            yield name, network(name), torch.randn(1, 3, size, size), arguments.batches
     if arguments.networks:
         yield "ResNet-56", load_networks(arguments.networks).resnet(56), torch.randn(1, 3, 32, 32), [64]
+
+
+def network(name: str) -> nn.Module:
+    """With random weights, in eval mode."""
+    if name == "yolov8n":
+        from ultralytics import YOLO
+
+        return YOLO("yolov8n.yaml").model.eval()
+    if name == "unet":
+        import segmentation_models_pytorch as smp
+
+        return smp.Unet("resnet18", encoder_weights=None).eval()
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None).eval()
 
 
 def layers(model: nn.Module, image: Tensor, batch: int) -> Table:
@@ -71,7 +87,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--no-layers", action="store_true", help="leave the table of layers out")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--runtimes", nargs="+", default=["torch"])
+    parser.add_argument("--budgets", type=budget, nargs="+", default=BUDGETS, help="such as macs=0.25")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the layers of each case")
     parser.add_argument("--deployed", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -79,8 +97,9 @@ def main() -> None:
         print(f"## {name}\n", flush=True)
         for batch in batches:  # one by one, so that an interrupted run leaves what it has measured
             found = convsplit.bench(
-                model, image, budgets=BUDGETS, batch_sizes=[batch], threads=[arguments.threads],
-                layouts=arguments.layouts, compiled=arguments.compile, deployed=arguments.deployed,
+                model, image, budgets=arguments.budgets, batch_sizes=[batch], threads=[arguments.threads],
+                layouts=arguments.layouts, runtimes=arguments.runtimes, deployed=arguments.deployed,
+                seconds=arguments.seconds,
             )  # fmt: skip
             print(f"{found.table().markdown()}\n\n{found.summary()}\n", flush=True)
         if not arguments.no_layers:

@@ -12,6 +12,7 @@ from convsplit.api import make_plan as make_plan
 from convsplit.api import study as study
 from convsplit.choose.budget import Budget as Budget
 from convsplit.choose.plan import Plan as Plan
+from convsplit.exports import export as export
 from convsplit.finetune import distill as distill
 from convsplit.finetune import reconstruct as reconstruct
 from convsplit.layers.separable import SeparableConv as SeparableConv

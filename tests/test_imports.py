@@ -15,8 +15,8 @@ import convsplit
 
 ROOMS = [
     "progress", "parallel", "precision", "files", "spec", "tables", "lowrank", "forms", "structure", "layers",
-    "kinds", "model", "data", "choose", "initialise", "rewrite", "folding", "runtimes", "measure", "repair", "report",
-    "storage", "searches", "studies", "finetune", "api", "passes", "cli",
+    "kinds", "model", "data", "choose", "initialise", "rewrite", "folding", "runtimes", "measure", "exports",
+    "repair", "report", "storage", "searches", "studies", "finetune", "api", "passes", "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -220,6 +220,14 @@ def runtimes(text: str) -> tuple[str, ...]:
     return names
 
 
+def axes(text: str) -> tuple[int, ...]:
+    """Read `0,2,3`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r}: want numbers of dimensions, such as 0 or 0,2,3") from error
+
+
 def fractions(text: str) -> tuple[float, ...]:
     """Read `0.75,0.5,0.25`."""
     return tuple(_number(part) for part in text.split(","))

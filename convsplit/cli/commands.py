@@ -16,6 +16,7 @@ import convsplit.api as api
 from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
 from convsplit.cli.arguments import (
+    axes,
     calibration_argument,
     choice_arguments,
     forms_arguments,
@@ -39,6 +40,8 @@ from convsplit.cli.completion import SHELLS, completion_script
 from convsplit.cli.inspection import inspect_file
 from convsplit.cli.output import print_json, terminal_width, write, write_whole
 from convsplit.cli.parser import command
+from convsplit.exports import SUFFIXES
+from convsplit.exports import export as export_model
 from convsplit.layers.separable import SeparableConv
 from convsplit.measure.bench import LAYOUTS, Bench
 from convsplit.measure.speed import PREFERENCES
@@ -180,6 +183,35 @@ def merge(args: Namespace) -> None:
         print_json({"out": str(args.out), "merged": layers, "numbers": params})
     else:
         print(f"{layers} layers merged, {count(params)} numbers written to {args.out}")
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--runtime", choices=tuple(SUFFIXES), default="onnxruntime", help="what is to run the file (onnxruntime)"
+    )
+    parser.add_argument(
+        "--dynamic", metavar="AXIS,AXIS,...", type=axes, default=(), help="dimensions that may vary: 0 is the batch"
+    )
+
+
+@command(
+    model_arguments, _converted_argument, input_arguments, _export_arguments, seed_argument,
+    out_argument("the file: .onnx, .xml for openvino, .pt2 for torch", required=True), output_arguments,
+)  # fmt: skip
+def export(args: Namespace) -> None:
+    """Write a converted model as a file for another runtime, and check what the file computes.
+
+    Without CONVERTED the model itself is written, its batch norm folded.
+
+    example: convsplit export torchvision.models:resnet18 smaller.safetensors --input 1x3x224x224 --out smaller.onnx
+    """
+    inputs, model = required_inputs_of(args), model_of(args)
+    converted = model if args.converted is None else load(args.converted, model)
+    done = export_model(converted, args.out, inputs[0], runtime=args.runtime, dynamic=args.dynamic)
+    if args.json:
+        print_json({**asdict(done), "path": str(done.path), "files": [str(file) for file in done.files]})
+    else:
+        print(f"written to {done}")
 
 
 def _frontier_arguments(parser: ArgumentParser) -> None:

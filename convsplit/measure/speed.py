@@ -77,6 +77,7 @@ def choose_by_time(
     by_latency = budget is not None and budget.kind == "latency"
     within = _Within(model, example_inputs, forward, runtime)
     whole = within.alone()
+    offered = [_no_longer(menu, offered, whole) for menu in offered] if not runtime.inside else offered
     for attempt in range(TRIES):
         try:
             chosen = _choose(offered, asked, prefer, model_params, model_macs, whole.total)
@@ -103,6 +104,16 @@ def choose_by_time(
             f"milliseconds, measured within the model ({conditions})"
         )
     return best
+
+
+def _no_longer(menu: Menu, offered: Sequence[Menu], whole: Timing) -> Menu:
+    """The menu with milliseconds in which all layers together, dense, take no longer than the whole model.
+
+    Alone they may: what comes before and after a layer is not fused into it, and its input comes from memory.
+    """
+    scale = min(1.0, whole.total / max(1e-9, sum(each.dense.milliseconds or 0.0 for each in offered)))
+    options = (replace(each, milliseconds=scale * (each.milliseconds or 0.0)) for each in menu.options)
+    return replace(menu, options=tuple(options))
 
 
 def _faster_only(menu: Menu) -> Menu:

@@ -97,7 +97,8 @@ def add_layer(graph: GraphOfLayers, x: str, layer: nn.Module, shape: Sequence[in
             x = _sized(graph, x, pad, shape)
         return add_layer(graph, x, conv, shape)
     if type(layer) in CONVOLUTIONS.values():
-        return graph.convolution(x, layer, bias=layer.bias)
+        plain: Any = layer
+        return graph.convolution(x, plain, bias=plain.bias)
     raise TypeError(f"no ONNX graph of a {type(layer).__name__}")
 
 

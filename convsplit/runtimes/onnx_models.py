@@ -7,6 +7,7 @@ place twice and fixes all sizes but those that are said to vary.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from convsplit.model.running import Batch, Forward, quiet_run, tensors_in
+from convsplit.model.values import named_tensors_in
 
 _TALKATIVE = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
@@ -34,11 +37,12 @@ def write_onnx(
         ValueError: neither exporter takes it; says why.
     """
     flat, tensors = flattened(model, batch, forward)
+    names = _names(model, batch, forward)
     problems = []
     for exporter in (_recorded, _traced):
         try:
             with quiet_run(model), _silence():
-                exporter(flat, tensors, path, dynamic)
+                exporter(flat, tensors, names, path, dynamic)
         except Exception as error:  # noqa: PERF203 - of two; what exporters raise is not theirs alone
             text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             problems.append(f"{exporter.__name__.strip('_')}: {type(error).__name__}: {text}")
@@ -76,17 +80,28 @@ class _Flat(nn.Module):
         return self.model(**batch) if isinstance(batch, Mapping) else self.model(*batch)
 
 
-def _recorded(model: nn.Module, tensors: tuple[Tensor, ...], path: Path, dynamic: Sequence[int]) -> None:
-    varying: Any = tuple(_sizes(tensor, dynamic) for tensor in tensors) if dynamic else None
-    if varying and isinstance(model, _Flat):
-        varying = (varying,)  # its arguments are one row
-    program = torch.onnx.export(model, tensors, dynamo=True, verbose=False, dynamic_shapes=varying)
+def sizes_that_vary(model: nn.Module, tensors: Sequence[Tensor], dynamic: Sequence[int]) -> Any:
+    """`dynamic_shapes` of `torch.export` for what `flattened` gave; None where all sizes are fixed."""
+    if not dynamic:
+        return None
+    sizes = tuple({axis: Dim.AUTO for axis in dynamic if axis < tensor.dim()} for tensor in tensors)
+    return (sizes,) if isinstance(model, _Flat) else sizes  # its arguments are one row
+
+
+def _recorded(
+    model: nn.Module, tensors: tuple[Tensor, ...], names: list[str], path: Path, dynamic: Sequence[int]
+) -> None:
+    program = torch.onnx.export(
+        model, tensors, dynamo=True, verbose=False, input_names=names,
+        dynamic_shapes=sizes_that_vary(model, tensors, dynamic),
+    )  # fmt: skip
     assert program is not None
     program.save(path)
 
 
-def _traced(model: nn.Module, tensors: tuple[Tensor, ...], path: Path, dynamic: Sequence[int]) -> None:
-    names = [f"input_{index}" for index in range(len(tensors))]
+def _traced(
+    model: nn.Module, tensors: tuple[Tensor, ...], names: list[str], path: Path, dynamic: Sequence[int]
+) -> None:
     axes = {
         name: {axis: f"{name}_{axis}" for axis in dynamic if axis < tensor.dim()}
         for name, tensor in zip(names, tensors, strict=True)
@@ -96,8 +111,13 @@ def _traced(model: nn.Module, tensors: tuple[Tensor, ...], path: Path, dynamic: 
     )
 
 
-def _sizes(tensor: Tensor, dynamic: Sequence[int]) -> dict[int, Any]:
-    return {axis: torch.export.Dim.AUTO for axis in dynamic if axis < tensor.dim()}
+def _names(model: nn.Module, batch: Batch, forward: Forward | None) -> list[str]:
+    """Of the inputs: keys of a dict, else arguments of the model, else numbers."""
+    found = [name for name, _ in named_tensors_in(batch)]
+    if forward is None and not any(found):
+        found = list(inspect.signature(model.forward).parameters)[: len(found)] if len(found) else []
+    fits = len(set(found)) == len(list(tensors_in(batch))) and all(found)
+    return found if fits else [f"input_{index}" for index, _ in enumerate(tensors_in(batch))]
 
 
 @contextmanager

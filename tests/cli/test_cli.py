@@ -224,7 +224,21 @@ def test_completion_knows_every_command_and_option(shell: str, capsys: pytest.Ca
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "report", "merge", "frontier", "inspect", "completion"])
+def test_export_writes_a_file_that_was_checked(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["convert", *NET, "--out", "small.safetensors"]) == 0
+    command = ["export", "cli_model:net", "small.safetensors", "--input", "2x3x9x9", "--runtime", "torch"]
+    assert main([*command, "--dynamic", "0", "--out", "small.pt2"]) == 0
+    assert "outputs differ by" in capsys.readouterr().out
+    wanted = convsplit.load("small.safetensors", net())
+    x = torch.randn(5, 3, 9, 9)
+    torch.testing.assert_close(torch.export.load("small.pt2").module()(x), wanted(x), rtol=1e-4, atol=1e-4)
+    assert main([*command, "--out", "small.bin"]) == 1
+    assert "want .onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["plan", "convert", "report", "export", "merge", "frontier", "inspect", "completion"]
+)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture) -> None:
     assert main([command, "--help"]) == 0
     assert "exit codes" in capsys.readouterr().out
