@@ -192,7 +192,9 @@ class Plan(Tabular):
         """The totals in words."""
         t = self.totals()
         n_splittable = sum(layer.dense is not None for layer in self.layers)
+        slower = self.model_milliseconds is not None and self.model_milliseconds[1] > self.model_milliseconds[0]
         lines = [
+            *([f"slower than before: {self._times()}"] if slower else []),
             f"{len(self.split)} of {n_splittable} splittable convolutions are split"
             + (f" ({self.budget!r})" if self.budget else ""),
             f"parameters of the splittable convolutions {count(t['params_before'])} -> {count(t['params_after'])}"
@@ -219,7 +221,7 @@ class Plan(Tabular):
             return text
         slow, fast = self.model_milliseconds
         text += f", of the model {milliseconds(slow)} -> {milliseconds(fast)} ({times_faster(slow, fast)})"
-        return text if fast <= slow else f"{text}: slower than before"
+        return text
 
     def records(self) -> list[dict[str, Any]]:
         """One dict of plain values per convolution."""

@@ -12,13 +12,15 @@ In this order:
     refit or fine-tune    top-1 agreement below 98 % or, without classes, relative drift above 0.05
     ready to use          the rest, if measured on at least 100 inputs; on fewer it "looks ready"
 
+Where both models were timed and the converted one is not faster, the headline begins with that.
+
 Agreement says how often the model decides alike, not how often it is right: measure accuracy where there are labels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convsplit.tables import percent, share
 
@@ -59,7 +61,15 @@ class Evidence:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """The verdict on some evidence; the head of the module states the thresholds."""
+    """The verdict on some evidence; the head of the module states the thresholds. What got slower is said first."""
+    found = _judged(evidence)
+    if evidence.speedup is None or evidence.speedup > 1 or not evidence.split_layers:
+        return found
+    slower = f"Slower than before ({evidence.speedup:.2f}x the speed)"
+    return replace(found, headline=f"{slower}; {found.headline[0].lower()}{found.headline[1:]}")
+
+
+def _judged(evidence: Evidence) -> Verdict:
     if not evidence.split_layers:
         return Verdict("pointless", "Not worth splitting", "no layer was split")
     saved = _saved(evidence)
@@ -81,8 +91,8 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict("repair", "Refit or fine-tune first", f"{saved}; {moved}")
     if evidence.inputs < ENOUGH_INPUTS:
         advice = f"measure on {ENOUGH_INPUTS} real inputs or more to be sure"
-        return Verdict("ready", f"Looks ready to use{_but_slower(evidence)}", f"{saved}; {moved}; {advice}")
-    return Verdict("ready", f"Ready to use{_but_slower(evidence)}", f"{saved}; {moved}")
+        return Verdict("ready", "Looks ready to use", f"{saved}; {moved}; {advice}")
+    return Verdict("ready", "Ready to use", f"{saved}; {moved}")
 
 
 def _pointless(evidence: Evidence) -> bool:
@@ -90,10 +100,6 @@ def _pointless(evidence: Evidence) -> bool:
     macs_saved = 0.0 if evidence.macs_kept is None else 1 - evidence.macs_kept
     slower = evidence.speedup is not None and evidence.speedup <= 1
     return max(params_saved, macs_saved) < WORTH or (slower and params_saved < WORTH_SLOWER)
-
-
-def _but_slower(evidence: Evidence) -> str:
-    return "" if evidence.speedup is None or evidence.speedup > 1 else ", but not faster here"
 
 
 def _saved(evidence: Evidence) -> str:

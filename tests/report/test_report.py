@@ -358,7 +358,9 @@ def test_verdict_follows_its_thresholds(change: dict, level: str) -> None:
 
 def test_verdict_says_when_there_are_few_inputs_or_no_speed() -> None:
     assert judge(replace(READY, inputs=10)).headline.startswith("Looks ready")
-    assert "not faster" in judge(replace(READY, speedup=0.9)).headline
+    slower = judge(replace(READY, speedup=0.9))
+    assert slower.headline.startswith("Slower than before (0.90x the speed); ready to use")
+    assert slower.level == judge(READY).level
 
 
 def test_frontier_shares_options_and_names_what_cannot_be_met(frontier: convsplit.report.Frontier) -> None:
