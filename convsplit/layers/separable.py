@@ -268,7 +268,7 @@ class SeparableConv(nn.Module):
         )  # fmt: skip
         # Built on meta and only then given memory: the default initialisation would move the user's random state.
         if conv.weight.device.type != "meta":
-            layer.to_empty(device=conv.weight.device)
+            _give_memory(layer, conv.weight.device)
         for parameter in layer.parameters():
             parameter.requires_grad_(conv.weight.requires_grad)
             if not parameter.is_meta:
@@ -443,7 +443,7 @@ class SeparableConv(nn.Module):
         spec, first, pad = self.spec, self.geometry.weight, self.stages.get("pad")
         conv = spec.conv(None if pad is None else PaddedConv2d, dtype=first.dtype)
         if not first.is_meta:
-            conv.to_empty(device=first.device)
+            _give_memory(conv, first.device)
             with torch.no_grad():
                 # Multiply in float32 at least, so that half precision rounds the product once.
                 factors = self.factors().to(torch.promote_types(first.dtype, torch.float32))
@@ -684,6 +684,11 @@ def _is_traced(x: Tensor | fx.Proxy) -> bool:
     """Whether a graph is being recorded, which should not depend on the number of images."""
     recording = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return recording or torch.onnx.is_in_onnx_export() or isinstance(x, fx.Proxy)
+
+
+def _give_memory(module: nn.Module, device: torch.device) -> None:
+    """`to_empty` of a module on the meta device, which for `empty_like` of its tensors would import sympy: a second."""
+    module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # type: ignore[no-untyped-call]
 
 
 def _rank_arguments(form: Form, spec: ConvSpec, components: int, even: bool) -> dict[str, int]:

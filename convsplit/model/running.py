@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from convsplit.model.guards import RandomState, same_globals
 from convsplit.model.hooks import Given, hooked
+from convsplit.model.operations import flops_of
 from convsplit.model.values import Batch as Batch
 from convsplit.model.values import count_inputs
 from convsplit.model.values import tensors_in as tensors_in
@@ -86,14 +86,16 @@ def observe_calls(
         if x is not None and isinstance(output, Tensor):
             shapes.setdefault(name, []).append((x.shape, output.shape))
 
-    with (
-        hooked(dict(model.named_modules()), after=note), quiet_run(model), first_convolution(model) as seen,
-        FlopCounterMode(display=False) as counter,
-    ):  # fmt: skip
+    def run() -> None:
+        shapes.clear()
+        seen.clear()
         run_or_explain(model, batch, forward)
+
+    with hooked(dict(model.named_modules()), after=note), quiet_run(model), first_convolution(model) as seen:
+        flops = flops_of(run)
     inputs = max(1, count_inputs(batch, seen))
     calls = {name: tuple(Call(tuple(x), tuple(y), inputs) for x, y in uses) for name, uses in shapes.items()}
-    return calls, round(counter.get_total_flops() / 2 / inputs)
+    return calls, round(flops / 2 / inputs)
 
 
 @contextmanager
