@@ -19,7 +19,6 @@ Changes to the textbook's, in the order of what they brought on trained kernels:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,35 +33,31 @@ RIDGE_FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}  # below, Cholesky may
 WINDOW = 5  # sweeps over which the gain is measured
 
 
-@dataclass
 class Momentum:
     """Step lengths of the extrapolation, one per group: longer while the objective falls, back to none when it rises.
 
-    Constants and update as in Ang et al. 2020, table 1.
+    Constants and update as in Ang et al. 2020, table 1. Plain numbers, as there are few: a call of torch takes longer.
     """
 
-    step: Tensor
-    limit: Tensor
-    objective: Tensor
+    def __init__(self, groups: int) -> None:
+        self.steps, self.limits, self.objectives = [0.5] * groups, [1.0] * groups, [math.inf] * groups
 
-    @classmethod
-    def at_rest(cls, groups: int, like: Tensor) -> Momentum:
-        ones = like.new_ones(groups, 1, 1)
-        return cls(0.5 * ones, ones.clone(), torch.full_like(ones, math.inf, dtype=torch.float64))
-
-    def extrapolate(self, new: Tensor, old: Tensor) -> Tensor:
-        return torch.lerp(old, new, 1 + self.step)
-
-    def update(self, objective: Tensor) -> Tensor:
-        """Take the objective [G,1,1] of the extrapolated point; True where it has fallen."""
-        fell = objective <= self.objective
-        self.limit = torch.where(fell, (1.01 * self.limit).clamp_max(1), self.step)
-        self.step = torch.where(fell, torch.minimum(self.limit, 1.05 * self.step), self.step / 1.5)
-        self.objective = objective
+    def update(self, objectives: list[float]) -> list[bool]:
+        """Take the objectives of the extrapolated points; True where they have fallen."""
+        fell = [new <= old for new, old in zip(objectives, self.objectives, strict=True)]
+        for group, has_fallen in enumerate(fell):
+            step, limit = self.steps[group], self.limits[group]
+            limit = min(1.01 * limit, 1.0) if has_fallen else step
+            self.steps[group] = min(limit, 1.05 * step) if has_fallen else step / 1.5
+            self.limits[group] = limit
+        self.objectives = objectives
         return fell
 
-    def at(self, groups: Tensor) -> Momentum:
-        return Momentum(self.step[groups], self.limit[groups], self.objective[groups])
+    def keep(self, groups: list[int]) -> None:
+        """Go on with these alone."""
+        self.steps, self.limits, self.objectives = (
+            [each[group] for group in groups] for each in (self.steps, self.limits, self.objectives)
+        )
 
 
 class Alternation:
@@ -79,7 +74,7 @@ class Alternation:
         self.full_ridge, self.ridge = ridge, weight.new_full((len(weight), 1), ridge)
         self.rows = self.guess = self.best_rows = _transposed(factors)
         self.best_loss = torch.full_like(self.energy, math.inf)
-        self.momentum = Momentum.at_rest(len(weight), self.unfolded)
+        self.momentum = Momentum(len(weight))
 
     def run(self, sweeps: int, tolerance: float) -> tuple[Factors, Tensor, Tensor]:
         """Sweep each problem until its last five sweeps gained less than `tolerance` each.
@@ -117,33 +112,34 @@ class Alternation:
         self.rows, self.guess, self.best_rows = (
             each(lambda factor: factor[groups], rows) for rows in (self.rows, self.guess, self.best_rows)
         )
-        self.best_loss, self.momentum = self.best_loss[groups], self.momentum.at(groups)
+        self.best_loss = self.best_loss[groups]
+        self.momentum.keep(groups.nonzero().flatten().tolist())
 
     def _sweep(self) -> None:
         """Update B, C, A in turn from the extrapolated guess, and make the next one."""
         A, B, C = self.guess
         old_A, old_B, old_C = self.rows
-        momentum = self.momentum
+        reach = self.energy.new_tensor([1 + step for step in self.momentum.steps]).to(A)[:, None, None]
 
         contracted = (A @ self.unfolded).view(*A.shape[:2], self.K, self.I)  # A'W [G,R,K,I] serves B and C
         gram_A = A @ A.mT
         new_B = _solve(gram_A * (C @ C.mT), (C[:, :, None] @ contracted).squeeze(2), self.ridge)[0]
-        B = momentum.extrapolate(new_B, old_B)
+        B = torch.lerp(old_B, new_B, reach)
         gram_B = B @ B.mT
-        new_C = _solve(gram_A * gram_B, (contracted @ B[..., None]).squeeze(3), self.ridge)[0]
-        C = momentum.extrapolate(new_C, old_C)
+        # As rows times a transposed matrix: as a matrix times columns it takes four times as long.
+        new_C = _solve(gram_A.mul_(gram_B), (B[:, :, None] @ contracted.mT).squeeze(2), self.ridge)[0]
+        C = torch.lerp(old_C, new_C, reach)
 
         del contracted
         rhs = (C[..., None] * B[:, :, None]).flatten(2) @ self.unfolded.mT
-        new_A, added = _solve(gram_B * (C @ C.mT), rhs, self.ridge)
+        new_A, added = _solve(gram_B.mul_(C @ C.mT), rhs, self.ridge)
 
-        fell = momentum.update(self._score((new_A, B, C), rhs, added))
+        fell = self.momentum.update(self._score((new_A, B, C), rhs, added))
         self.rows = new_A, new_B, new_C
-        A = torch.where(fell, momentum.extrapolate(new_A, old_A), new_A)
-        self.guess = A, torch.where(fell, B, new_B), torch.where(fell, C, new_C)
+        self.guess = _where(fell, (torch.lerp(old_A, new_A, reach), B, C), self.rows)
 
-    def _score(self, rows: Factors, rhs: Tensor, added: Tensor) -> Tensor:
-        """Objective [G,1,1] at `rows`, which are kept if they are the best so far.
+    def _score(self, rows: Factors, rhs: Tensor, added: Tensor) -> list[float]:
+        """Objectives at `rows`, which are kept where they are the best so far.
 
         A solves (normal + D) A = rhs with D = diag(added), so |X|^2 = <normal A, A> = <rhs, A> - <D A, A>, and
         |W - X|^2 = |W|^2 - 2 <rhs, A> + |X|^2 = |W|^2 - <rhs, A> - <D A, A> costs nothing; the last is the penalty.
@@ -151,12 +147,21 @@ class Alternation:
         A = rows[0].double()
         objective = self.energy - (rhs * A).sum((1, 2))
         loss = objective - (added * A.square().sum(2)).sum(1)
-        better = loss < self.best_loss
-        self.best_loss = torch.where(better, loss, self.best_loss)
-        self.best_rows = each(lambda new, old: torch.where(better[:, None, None], new, old), rows, self.best_rows)
+        self.best_rows = _where((loss < self.best_loss).tolist(), rows, self.best_rows)
+        self.best_loss = torch.minimum(loss, self.best_loss)
         share = (self.best_loss / self.energy.clamp_min(1e-30) / FULL_RIDGE_LOSS).clamp(0, 1)
         self.ridge = (self.full_ridge * share)[:, None].to(self.ridge).clamp_min(RIDGE_FLOOR[self.ridge.dtype])
-        return objective[:, None, None]
+        return objective.tolist()
+
+
+def _where(chosen: list[bool], first: Factors, second: Factors) -> Factors:
+    """The first where a group is chosen, else the second."""
+    if all(chosen):
+        return first
+    if not any(chosen):
+        return second
+    mask = torch.tensor(chosen, device=first[0].device)[:, None, None]
+    return each(lambda one, other: torch.where(mask, one, other), first, second)
 
 
 def _transposed(factors: Factors) -> Factors:
@@ -170,14 +175,14 @@ def _solve(normal: Tensor, rhs: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     (Higham, Accuracy and Stability, 10.1), so they are not normalised. The floor keeps a zero component at zero.
     """
     diagonal = normal.diagonal(dim1=1, dim2=2)
-    bare = diagonal.clone()
-    floor = 1e-14 * bare.amax(1, keepdim=True) + torch.finfo(bare.dtype).tiny ** 0.5
-    for step in range(8):
-        added = 10**step * ridge * bare + floor
-        diagonal.copy_(bare + added)
+    added = (ridge * diagonal).add_(torch.finfo(normal.dtype).tiny ** 0.5)
+    diagonal.add_(added)
+    for _ in range(8):
         factor, failed = torch.linalg.cholesky_ex(normal)
         if not failed.any():
             break
+        diagonal.add_(9 * added)
+        added *= 10
     # X' L L' = rhs': triangles from the right take half the time of `cholesky_solve` in float32.
     half = torch.linalg.solve_triangular(factor.mT, rhs.mT, upper=True, left=False)
     return torch.linalg.solve_triangular(factor, half, upper=False, left=False).mT, added
