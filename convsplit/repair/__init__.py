@@ -2,6 +2,7 @@
 
 refitting.py      the walk through the layers: what is repaired, in which order, towards what
 samples.py        what the repair of a layer looks at, and its moments
+grams.py          products of patches with themselves, the dearest part of those
 solve.py          least squares for the stages of a layer, from those moments
 fits.py           what is fitted of a layer: its factors, its last stage, its bias, or a dense kernel
 recalibration.py  batch-norm statistics, the cheap alternative

@@ -18,9 +18,8 @@ from convsplit.data.moments import sampled_outputs, sampled_patches, thinning, t
 from convsplit.data.processes import all_reduced, reduced_numbers
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
+from convsplit.repair.grams import Overlap, gram
 from convsplit.spec import Axes, Convolution, axes_of
-
-GRAM_BLOCK = 768  # rows of a moment computed at once
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,23 @@ class Sample:
     patches: Tensor  # [G, P, n], what reaches the layer in the converted model
     answers: Tensor  # [O, n], what the layer answers in the original
     shortcuts: tuple[Tensor, Tensor] | None  # [O, n], what is added to that in the original and the converted model
+    overlap: Overlap | None = None  # of patches at all positions
+
+    @classmethod
+    def of(cls, parts: Sequence[Sample]) -> Sample:
+        """Several batches, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        own, other = ([part.shortcuts[which] for part in parts if part.shortcuts] for which in range(2))
+        return cls(
+            torch.cat([part.patches for part in parts], 2), torch.cat([part.answers for part in parts], 1),
+            (torch.cat(own, 1), torch.cat(other, 1)) if own else None, parts[0].overlap,
+        )  # fmt: skip
+
+    @property
+    def positions(self) -> int:
+        """How many there are, n."""
+        return self.answers.shape[1]
 
     @property
     def added(self) -> Tensor | None:
@@ -46,7 +62,9 @@ class Samples:
 
     def through(self, filters: Tensor) -> Samples:
         """The same with features, filters [G, R, P] times patches, in the place of patches."""
-        batches = [replace(each, patches=filters.to(each.patches) @ each.patches) for each in self.batches]
+        batches = [
+            replace(each, patches=filters.to(each.patches) @ each.patches, overlap=None) for each in self.batches
+        ]
         return replace(self, batches=batches)
 
     def targets(self) -> list[Tensor]:
@@ -110,11 +128,28 @@ def take_samples(
         answers, *added = (sampled_outputs(each, step, index, tile) for each in (answers, *(shortcuts or ())))
         features = inputs if before is None else before(inputs, size)
         patches = sampled_patches(reader, groups, features, size, step, index)
-        sample = Sample(patches, answers, (added[0], added[1]) if added else None)
+        whole = Overlap.of(reader, groups, size) if max(step) == 1 else None
+        sample = Sample(patches, answers, (added[0], added[1]) if added else None, whole)
         if not (_finite(sample.patches) and _finite(sample.answers)):
             raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
         taken.append(sample)
-    return Samples(taken, stop.tail)
+    return Samples(_joined(taken), stop.tail)
+
+
+def _joined(samples: Sequence[Sample]) -> list[Sample]:
+    """The same with batches joined that have fewer positions than unknowns: the moments of each cost a matrix.
+
+    Larger ones are left as they are: summed up one by one in float64, they give the same in any number of processes.
+    """
+    joined: list[Sample] = []
+    waiting: list[Sample] = []
+    for sample in samples:
+        enough = sum(each.positions for each in waiting) >= sample.patches.shape[1]
+        if waiting and (enough or waiting[0].overlap != sample.overlap):
+            joined.append(Sample.of(waiting))
+            waiting = []
+        waiting.append(sample)
+    return [*joined, Sample.of(waiting)] if waiting else joined
 
 
 def _finite(x: Tensor) -> bool:
@@ -138,7 +173,11 @@ class Moments:
         patches = [sample.patches for sample in samples.batches]
         count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches), device="cpu")))
         mean = _total(x.sum(2) for x in patches) / count
-        second = _total(map(_gram, patches)).div_(count).sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
+        second = (
+            _total(gram(sample.patches, sample.overlap) for sample in samples.batches)
+            .div_(count)
+            .sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
+        )
         empty = second.new_empty(0)
         return cls(second, empty, mean, empty, count).towards(samples, targets)
 
@@ -182,17 +221,3 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
     for part in rest:
         total += part
     return all_reduced(total)
-
-
-def _gram(x: Tensor) -> Tensor:
-    """The products x x' of [G, P, n]; most blocks are computed on one side of the diagonal only."""
-    blocks = torch.split(x, GRAM_BLOCK, 1)
-    gram = x.new_empty(len(x), x.shape[1], x.shape[1])
-    for i, rows in enumerate(blocks):
-        for j, columns in enumerate(blocks[: i + 1]):
-            block = rows @ columns.mT
-            a, b = i * GRAM_BLOCK, j * GRAM_BLOCK
-            gram[:, a : a + block.shape[1], b : b + block.shape[2]] = block
-            if j < i:
-                gram[:, b : b + block.shape[2], a : a + block.shape[1]] = block.mT
-    return gram

@@ -102,7 +102,7 @@ def test_patches_are_what_a_convolution_sees():
 
 def test_moments_are_those_of_all_positions(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["convsplit.repair.samples"], "GRAM_BLOCK", 7
+        sys.modules["convsplit.repair.grams"], "LEAST_BLOCK", 7
     )  # blocks of a moment, the last smaller
     parts = [(torch.randn(2, 20, 30), torch.randn(2 * 5, 30)) for _ in range(3)]
     samples = Samples([Sample(x, y, None) for x, y in parts], NO_TAIL)
@@ -682,3 +682,20 @@ def test_running_out_of_memory_is_not_taken_for_a_missing_derivative(monkeypatch
     monkeypatch.setattr(torch.autograd, "grad", full)
     with pytest.raises(torch.OutOfMemoryError):
         measure_sensitivity(nn.Sequential(nn.Conv2d(3, 2, 1)), ["0"], [torch.zeros(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize(("size", "joined"), [(1, 2), (5, 2), (16, 1)])
+def test_small_batches_are_joined_and_tell_the_same(size, joined):
+    conv, x = nn.Conv2d(8, 4, 3), torch.randn(16, 8, 5, 5)
+
+    def taken(parts):
+        values = [(part, conv(part), (conv(part), part[:, :4, 1:-1, 1:-1])) for part in parts]
+        return take_samples(conv, Stop("", len(values), lambda: iter(values)), 1, nn.Identity())
+
+    samples, whole = taken(x.split(size)), taken([x])
+    assert len(samples.batches) == joined
+    found, wanted = (Moments.of(each, each.targets()) for each in (samples, whole))
+    for one, other in zip(vars(found).values(), vars(wanted).values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-5, atol=1e-5)
+    kernel, bias = torch.randn(1, 4, 8, 9, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    assert samples.error(kernel, bias) == pytest.approx(whole.error(kernel, bias), rel=1e-5)
