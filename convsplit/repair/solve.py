@@ -34,8 +34,8 @@ SWEEP_FLOPS = 1e11  # what the alternation of one layer may cost: the largest la
 CG_STEPS = 2
 MIXED_VALUES = 1 << 24  # of S times filters, for some output channels of pw-dw at once
 CP_SWEEPS = 60  # in the metric of the marginals, from factors that are near
-WIDE = 1000  # patches from here on are multiplied in float32
-MOST_SWEEPS = 8  # more of them change the drift of a network by less than the choice of images does
+WIDE = 500  # patches from here on are multiplied in float32
+MOST_SWEEPS = 4  # more of them change the drift of a network by less than the choice of images does
 
 
 @dataclass(frozen=True)
