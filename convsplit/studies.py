@@ -44,7 +44,7 @@ from convsplit.model.graphs import Trace, trace
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.model.reach import unused_layers
 from convsplit.model.running import Batch, Forward
-from convsplit.model.sites import Site, Skip, find_sites
+from convsplit.model.sites import POINTWISE, Site, Skip, find_sites
 from convsplit.progress import track, warn
 from convsplit.repair.refitting import refit
 from convsplit.report.curves import Frontier, curve_of
@@ -493,7 +493,12 @@ class Study(Tabular, Generic[M]):
     def _choose(self, menus: Sequence[Menu], budget: Budget | None) -> Allocation:
         if budget is None:
             return Allocation([closest_split(menu) for menu in menus])
-        return allocate(menus, budget, model_params=self.params, model_macs=self.macs)
+        try:
+            return allocate(menus, budget, model_params=self.params, model_macs=self.macs)
+        except ValueError as error:
+            if budget.of == "model" and any(site.reason == POINTWISE for site in self.sites):
+                raise ValueError(f'{error}; with "pw-pw" among forms=, 1x1 kernels can be split, too') from error
+            raise
 
     def _timed(self, menus: Sequence[Menu], budget: Budget | None, prefer: str, stopwatch: Stopwatch) -> Plan:
         found = choose_by_time(

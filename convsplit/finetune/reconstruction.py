@@ -149,7 +149,8 @@ def schedule(share: float) -> float:
 
 def _minibatch(block: Block, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random images: from all batches where they are of one size, from one batch otherwise."""
-    if len({x.shape[1:] for x in block.inputs}) == 1 and block.inputs[0].dim() == 4:
+    batched = block.inputs[0].dim() == block.layers[0].axes + 2
+    if batched and len({x.shape[1:] for x in block.inputs}) == 1:
         sizes = [len(x) for x in block.inputs]
         chosen = torch.randint(sum(sizes), (min(BATCH, sum(sizes)),), generator=generator, device="cpu")
         return _rows(block.inputs, sizes, chosen), _rows(block.targets, sizes, chosen)

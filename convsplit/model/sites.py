@@ -18,6 +18,7 @@ from convsplit.model.sharing import holders
 from convsplit.model.usage import Usage
 from convsplit.spec import Convolution, ConvSpec
 
+POINTWISE = "1x1 kernel: already pointwise"  # a reason
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -126,7 +127,7 @@ def _shape_reason(spec: ConvSpec, pointwise: bool = False) -> str:
     if not spec.weight_params:
         return "without channels: its weight holds no numbers"
     if spec.positions == 1 and not (pointwise and min(spec.in_channels, spec.out_channels) > spec.groups):
-        return "1x1 kernel: already pointwise"
+        return POINTWISE
     # One input channel by itself is a bank of filters, and so is each of a depthwise layer's with a multiplier.
     if spec.groups == spec.in_channels == spec.out_channels and spec.groups > 1:
         return "already depthwise"
