@@ -32,12 +32,13 @@ from convsplit.layers.separable import ARRANGEMENTS, SeparableConv
 from convsplit.measure.timing import milliseconds_in_turns
 from convsplit.progress import track
 from convsplit.runtimes import Runtime, runtime_of
-from convsplit.runtimes.base import Prepare
+from convsplit.runtimes.base import Prepare, Run
 from convsplit.spec import Convolution, ConvSpec
 from convsplit.structure import Structure
 
 COARSE, COARSER = 5, 3  # ranks of a form that are measured, and of slow layers; the others are interpolated
 HOPELESS = 1.5  # times as slow as the dense layer: one run is enough to see it
+ROOM = 2**28  # numbers in feature maps that candidates which take turns may hold
 LARGE = 2**20  # numbers in a feature map: smaller ones stay in the cache anyway, and are not tried image by image
 
 Shape = tuple[int, ...]
@@ -127,16 +128,39 @@ class Stopwatch:
                 candidates[_Candidate(structure, arrangement)] = arranged
         if layout is not None:
             candidates = {name: module.to(memory_format=layout) for name, module in candidates.items()}
-        turns = [run(module.train(self.training), x) for module in candidates.values()]
-        taken = milliseconds_in_turns(turns, seconds, clock=clock, least_rounds=1, hopeless=HOPELESS)
-        each = [time / (1 if self.training else runtime.copies) for time in taken]
-        return _Curves.of(dict(zip(candidates, each, strict=True)))
+        share = 1 if self.training else runtime.copies
+        times = _taken(
+            candidates, lambda module: run(module.train(self.training), x), seconds, clock=clock,
+            at_once=max(1, ROOM // (4 * share * x.numel())),
+        )  # fmt: skip
+        return _Curves.of({name: time / share for name, time in times.items()})
 
 
 @dataclass(frozen=True)
 class _Candidate:
     structure: Structure | None  # None for the dense layer
     arrangement: str
+
+
+def _taken(
+    candidates: Mapping[_Candidate, nn.Module], ready: Callable[[nn.Module], Run], seconds: float, *,
+    clock: Callable[[], float], at_once: int,
+) -> dict[_Candidate, float]:  # fmt: skip
+    """Milliseconds of the candidates, the dense one first; so many others are ready to run at once.
+
+    Runtimes hold on to feature maps, which all together may not fit into memory. What is measured later is put in
+    relation to the dense layer then.
+    """
+    (dense, layer), *others = candidates.items()
+    times: dict[_Candidate, float] = {}
+    for first in range(0, max(1, len(others)), at_once):
+        chunk = others[first : first + at_once]
+        turns = [ready(module) for module in (layer, *(module for _, module in chunk))]
+        spend = seconds * len(chunk) / max(1, len(others))
+        taken = milliseconds_in_turns(turns, spend, clock=clock, least_rounds=1, hopeless=HOPELESS)
+        scale = times.setdefault(dense, taken[0]) / (taken[0] or 1.0)
+        times |= {name: scale * time for (name, _), time in zip(chunk, taken[1:], strict=True)}
+    return times
 
 
 @dataclass(frozen=True)

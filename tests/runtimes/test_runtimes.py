@@ -17,7 +17,7 @@ from convsplit.choose.options import find_menus
 from convsplit.folding import folded
 from convsplit.layers.stages import PaddedConv2d, SamePad2d
 from convsplit.measure import time_models
-from convsplit.measure.stopwatch import _in_blocks
+from convsplit.measure.stopwatch import _Candidate, _in_blocks, _taken
 from convsplit.measure.timing import conditions_of, milliseconds_in_turns
 from convsplit.model.graphs import trace
 from convsplit.model.sites import find_sites
@@ -283,3 +283,19 @@ def test_reports_name_where_time_was_measured() -> None:
     assert report.conditions.runtime == "onnxruntime"
     assert "milliseconds of inference in onnxruntime" in report.summary()
     assert convsplit.report.Report.from_json(report.to_json()) == report
+
+
+def test_few_candidates_are_ready_at_once_where_feature_maps_are_large() -> None:
+    """And are put in relation to the dense layer, on a machine that becomes slower with everything it runs."""
+    ready = []
+
+    def run_of(module: nn.Module) -> object:
+        ready.append(module)
+        slower = len(ready) // 2
+        return lambda: float(module.out_features * 2**slower)
+
+    candidates = {_Candidate(None, str(size)): nn.Linear(1, size) for size in (8, 3, 2, 5)}
+    times = _taken(candidates, run_of, 0.0, clock=lambda: 0.0, at_once=1)
+    assert [module.out_features for module in ready] == [8, 3, 8, 2, 8, 5]
+    assert list(times.values()) == [8.0, 6.0, 4.0, 10.0]  # each pair by the dense layer beside it
+    assert _taken(dict(list(candidates.items())[:1]), run_of, 0.0, clock=lambda: 0.0, at_once=9)
