@@ -147,8 +147,9 @@ class Alternation:
         A = rows[0].double()
         objective = self.energy - (rhs * A).sum((1, 2))
         loss = objective - (added * A.square().sum(2)).sum(1)
-        self.best_rows = _where((loss < self.best_loss).tolist(), rows, self.best_rows)
-        self.best_loss = torch.minimum(loss, self.best_loss)
+        better = loss < self.best_loss
+        self.best_rows = _where(better.tolist(), rows, self.best_rows)
+        self.best_loss = torch.where(better, loss, self.best_loss)
         share = (self.best_loss / self.energy.clamp_min(1e-30) / FULL_RIDGE_LOSS).clamp(0, 1)
         self.ridge = (self.full_ridge * share)[:, None].to(self.ridge).clamp_min(RIDGE_FLOOR[self.ridge.dtype])
         return objective.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -81,9 +81,8 @@ def cp_each(
         dtype = torch.float64 if math.prod(shape[1:]) * most <= FLOAT64_WORK else torch.float32
 
         def fitted(which: list[int], dtype: torch.dtype, starts: Sequence[CP | None]) -> None:
-            problems = [
-                _Problem.of(weights[index], ranks[index], starts[index], count, seed, dtype) for index in which
-            ]
+            problems = [_Problem.of(weights[index], ranks[index], dtype) for index in which]
+            _start(problems, [starts[index] for index in which], count, seed)
             for index, fit in zip(which, _solved(problems, sweeps, tolerance, ridge), strict=True):
                 before = fits[index]
                 fits[index] = fit if before is None or fit.error < before.error else before
@@ -108,20 +107,14 @@ class _Problem:
     norm: Tensor  # [G,1,1]
     work: Tensor
     rank: int
-    starts: list[Factors]
+    starts: list[Factors] = field(default_factory=list)
 
     @classmethod
-    def of(cls, weight: Tensor, rank: int, start: CP | None, count: int, seed: int, dtype: torch.dtype) -> _Problem:
-        """`count` starts, the first from a fit if one is given."""
+    def of(cls, weight: Tensor, rank: int, dtype: torch.dtype) -> _Problem:
         work = weight.detach().to(dtype)
         norm = work.flatten(1).norm(dim=1)
         norm = torch.where(norm > 0, norm, 1)[:, None, None]
-        work = work / norm[..., None]
-        if start is None:
-            return cls(weight, norm, work, rank, starting_points(work, rank, seed, count))
-        known = start.A.to(norm) / norm, start.B.to(norm), start.C.to(norm)
-        fresh = starting_points(work, rank, seed, count - 1)
-        return cls(weight, norm, work, rank, [resized(work, known, rank, seed), *fresh])
+        return cls(weight, norm, work / norm[..., None], rank)
 
     def solution(self, rows: Factors, losses: Tensor, history: Tensor) -> CP:
         """The best of the starts, of each group. losses [starts, G], history [starts, G, sweeps]."""
@@ -141,6 +134,26 @@ class _Problem:
         if loss.max() > (1e-3 if self.work.dtype == torch.float32 else 1e-9):
             return loss
         return (self.work - reconstruct(factors)).flatten(1).double().square().sum(1)
+
+
+def _start(problems: Sequence[_Problem], fits: Sequence[CP | None], count: int, seed: int) -> None:
+    """Give each problem `count` starts, the first from a fit if there is one; those of equal ranks found at once."""
+    alike: dict[tuple[int, int | None], list[int]] = {}
+    for index, (problem, fit) in enumerate(zip(problems, fits, strict=True)):
+        alike.setdefault((problem.rank, None if fit is None else fit.rank), []).append(index)
+    for (rank, known), which in alike.items():
+        work, parts = torch.cat([problems[index].work for index in which]), len(which)
+        found = starting_points(work, rank, seed, count if known is None else count - 1, parts)
+        if known is not None:
+            held = [
+                (fit.A.to(norm) / norm, fit.B.to(norm), fit.C.to(norm))
+                for fit, norm in ((cast(CP, fits[index]), problems[index].norm) for index in which)
+            ]
+            found = [resized(work, each(lambda *factors: torch.cat(factors), *held), rank, seed, parts), *found]
+        for start in found:
+            for index, *own in zip(which, *(factor.chunk(parts) for factor in start), strict=True):
+                A, B, C = own
+                problems[index].starts.append((A, B, C))
 
 
 def _solved(problems: Sequence[_Problem], sweeps: int, tolerance: float, ridge: float) -> list[CP]:

@@ -13,8 +13,8 @@ from convsplit.lowrank.factors import Factors, each, norms, reconstruct
 from convsplit.lowrank.svd import slice_svd
 
 
-def svd_start(weight: Tensor, rank: int, seed: int) -> Factors:
-    """The best of three exact-in-the-limit SVD forms with `rank` components.
+def svd_start(weight: Tensor, rank: int, seed: int, problems: int = 1) -> Factors:
+    """The best of three exact-in-the-limit SVD forms with `rank` components, for each of some equal shares of groups.
 
     Cut W into slices along one mode, take the SVD of every slice, keep the largest singular values of all slices
     together. Slices along the input channels give dw-pw, along the output channels pw-dw; the positions are first
@@ -22,17 +22,19 @@ def svd_start(weight: Tensor, rank: int, seed: int) -> Factors:
     """
     with tl.backend_context("pytorch", local_threadsafe=True):
         starts = [_slice_form(weight, mode, rank, seed) for mode in (3, 2, 1)]
-    _, factors = max(starts, key=lambda start: start[0])
-    return _padded(factors, rank, seed)
+    captured = torch.stack([energy.view(problems, -1).sum(1) for energy, _ in starts])
+    best = captured.argmax(0).repeat_interleave(len(weight) // problems).tolist()
+    forms = [_padded(factors, rank, seed, problems) for _, factors in starts]
+    return each(lambda *factors: torch.stack([factors[form][group] for group, form in enumerate(best)]), *forms)
 
 
-def starting_points(weight: Tensor, rank: int, seed: int, count: int) -> list[Factors]:
-    """`count` starts: the best SVD form, then random ones."""
+def starting_points(weight: Tensor, rank: int, seed: int, count: int, problems: int = 1) -> list[Factors]:
+    """`count` starts: the best SVD form, then random ones. The groups of `problems` of one shape may come together."""
     if count < 1:
         return []
-    starts = [svd_start(weight, rank, seed)]
+    starts = [svd_start(weight, rank, seed, problems)]
     A, B, C = (weight.new_zeros(weight.shape[0], size, 0) for size in weight.shape[1:])
-    return starts + [_padded((A, B, C), rank, seed + extra) for extra in range(1, count)]
+    return starts + [_padded((A, B, C), rank, seed + extra, problems) for extra in range(1, count)]
 
 
 def exact_factors(weight: Tensor, rank: int) -> Factors | None:
@@ -54,8 +56,8 @@ def exact_factors(weight: Tensor, rank: int) -> Factors | None:
     return A, B, C
 
 
-def _slice_form(weight: Tensor, mode: int, rank: int, seed: int) -> tuple[float, Factors]:
-    """(energy captured, factors) of the SVDs of all slices along `mode`, sharing at most `rank` components."""
+def _slice_form(weight: Tensor, mode: int, rank: int, seed: int) -> tuple[Tensor, Factors]:
+    """(energy captured [G], factors) of the SVDs of all slices along `mode`, sharing at most `rank` components."""
     slices = weight.movedim(mode, 1)  # [G,N,P,Q]
     G, N, P, Q = slices.shape
     axes = torch.eye(N, dtype=weight.dtype, device=weight.device).expand(G, N, N)
@@ -76,7 +78,7 @@ def _slice_form(weight: Tensor, mode: int, rank: int, seed: int) -> tuple[float,
     three = [pick(left) * picked.values[:, None], pick(right)]
     three.insert(mode - 1, along)
     A, B, C = three
-    return float(picked.values.square().sum()), (A, B, C)
+    return picked.values.square().sum(1), (A, B, C)
 
 
 def _leading(slices: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +106,11 @@ def _leading(slices: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Ten
     return left, sigma, basis @ vectors
 
 
-def _padded(factors: Factors, rank: int, seed: int) -> Factors:
-    """Small random components for what no SVD form can fill (ranks above an exact decomposition's)."""
+def _padded(factors: Factors, rank: int, seed: int, problems: int = 1) -> Factors:
+    """Small random components for what no SVD form can fill (ranks above an exact decomposition's).
+
+    Each of the problems gets those that it would get alone.
+    """
     missing = rank - factors[0].shape[-1]
     if missing <= 0:
         return factors
@@ -113,17 +118,17 @@ def _padded(factors: Factors, rank: int, seed: int) -> Factors:
 
     def filled(factor: Tensor) -> Tensor:
         G, N, _ = factor.shape
-        noise = torch.randn(G, N, missing, generator=random, dtype=factor.dtype, device="cpu").to(factor)
-        return torch.cat([factor, 0.1 * noise / math.sqrt(N)], dim=-1)
+        noise = torch.randn(G // problems, N, missing, generator=random, dtype=factor.dtype, device="cpu").to(factor)
+        return torch.cat([factor, 0.1 * noise.repeat(problems, 1, 1) / math.sqrt(N)], dim=-1)
 
     return each(filled, factors)
 
 
-def resized(weight: Tensor, factors: Factors, rank: int, seed: int) -> Factors:
+def resized(weight: Tensor, factors: Factors, rank: int, seed: int, problems: int = 1) -> Factors:
     """`factors` cut to their `rank` largest components, or grown by the SVD form of what they leave."""
     have = factors[0].shape[-1]
     if have < rank:
-        extra = svd_start(weight - reconstruct(factors), rank - have, seed)
+        extra = svd_start(weight - reconstruct(factors), rank - have, seed, problems)
         return each(lambda *parts: torch.cat(parts, dim=-1), factors, extra)
     keep = norms(factors).topk(rank, dim=1).indices[:, None]
     return each(lambda factor: factor.gather(2, keep.expand(-1, factor.shape[1], -1)), factors)
