@@ -42,6 +42,10 @@ class Momentum:
     def __init__(self, groups: int) -> None:
         self.steps, self.limits, self.objectives = [0.5] * groups, [1.0] * groups, [math.inf] * groups
 
+    def reach(self, like: Tensor) -> Tensor:
+        """How far to go from the rows before towards the new ones and beyond, [G,1,1]."""
+        return torch.tensor(self.steps, dtype=torch.float64, device=like.device).add_(1).to(like)[:, None, None]
+
     def update(self, objectives: list[float]) -> list[bool]:
         """Take the objectives of the extrapolated points; True where they have fallen."""
         fell = [new <= old for new, old in zip(objectives, self.objectives, strict=True)]
@@ -119,7 +123,7 @@ class Alternation:
         """Update B, C, A in turn from the extrapolated guess, and make the next one."""
         A, B, C = self.guess
         old_A, old_B, old_C = self.rows
-        reach = self.energy.new_tensor([1 + step for step in self.momentum.steps]).to(A)[:, None, None]
+        reach = self.momentum.reach(A)
 
         contracted = (A @ self.unfolded).view(*A.shape[:2], self.K, self.I)  # A'W [G,R,K,I] serves B and C
         gram_A = A @ A.mT
@@ -136,7 +140,7 @@ class Alternation:
 
         fell = self.momentum.update(self._score((new_A, B, C), rhs, added))
         self.rows = new_A, new_B, new_C
-        self.guess = _where(fell, (torch.lerp(old_A, new_A, reach), B, C), self.rows)
+        self.guess = _where(fell, (torch.lerp(old_A, new_A, self.momentum.reach(A)), B, C), self.rows)
 
     def _score(self, rows: Factors, rhs: Tensor, added: Tensor) -> list[float]:
         """Objectives at `rows`, which are kept where they are the best so far.
