@@ -42,7 +42,7 @@ def in_parallel(
     affordable = int(MOST_WEIGHTS / max(map(size, items), default=1.0))
     workers = min(threads, MOST_WORKERS, len(items), affordable)
     if workers < 2:
-        return [function(item) for item in track(items, description, progress=progress)]
+        return [function(item) for item in track(items, description, cost=size, progress=progress)]
     grad = torch.is_grad_enabled()  # each thread has its own
 
     def run(item: T) -> Result:
@@ -53,7 +53,8 @@ def in_parallel(
     with _threads_each(threads // workers), ThreadPoolExecutor(workers) as pool:
         futures = {index: pool.submit(run, items[index]) for index in order}
         try:
-            found = {index: futures[index].result() for index in track(order, description, progress=progress)}
+            shown = track(order, description, cost=lambda index: size(items[index]), progress=progress)
+            found = {index: futures[index].result() for index in shown}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track as rich_track
+from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -30,13 +30,26 @@ def warn(text: str) -> None:
 
 
 def track(
-    items: Iterable[T], description: str, *, total: int | None = None, progress: bool | None = None
+    items: Iterable[T],
+    description: str,
+    *,
+    total: float | None = None,
+    cost: Callable[[T], float] | None = None,
+    progress: bool | None = None,
 ) -> Iterator[T]:
-    """Iterate and show how far along it is, on stderr; `progress=None` shows it only on a terminal."""
+    """Iterate and show how far along it is, on stderr; `progress=None` shows it only on a terminal.
+
+    `cost` of an item, in the unit of `total`: how much of the way it is, and so of the time left; by default all are
+    equal.
+    """
     shown = sys.stderr.isatty() if progress is None else progress
     if not shown:
         yield from items
         return
     if total is None and isinstance(items, Sized):
-        total = len(items)
-    yield from rich_track(items, description, total=total, console=Console(stderr=True), transient=True)
+        total = len(items) if cost is None else sum(map(cost, items))
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        for item in items:
+            yield item
+            bar.advance(task, 1.0 if cost is None else cost(item))

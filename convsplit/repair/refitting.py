@@ -136,8 +136,12 @@ def refit(
             return ()
         metrics = {} if target == "layer" else measure_sensitivity(original, layers, data, forward, seed=seed)
         stops = walk(original, converted, layers, others, data, forward, MEMORY_LIMIT, tails=target == "activation")
+        costs = {name: _cost(converted.get_submodule(name)) for name in (*layers, *others)}
+        shown = track(
+            stops, "Refitting", total=sum(costs.values()), cost=lambda stop: costs[stop.name], progress=progress
+        )
         with closing(stops):
-            for stop in track(stops, "Refitting", total=len(layers) + len(others), progress=progress):
+            for stop in shown:
                 if is_over(began, seconds):
                     warn(f"refit ended after {seconds:g} s: {len(repaired)} layers are repaired, others as they were")
                     break
@@ -158,6 +162,12 @@ def _repair_at(stop: Stop, fit: Fit, target: str, F: Tensor | None, ridge: float
         return None
     metric = None if target == "layer" else _metric(fit.layer, F, samples.tail)
     return _repair(stop.name, fit, samples, metric, ridge)
+
+
+def _cost(layer: nn.Module) -> float:
+    """About how long a layer takes: its moments are as many numbers as the square of its unknowns."""
+    assert isinstance(layer, SeparableConv | Convolution)
+    return float(min(unknowns(layer), MOST_UNKNOWNS)) ** 2
 
 
 def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: float) -> Repaired:
