@@ -90,7 +90,7 @@ def build_parser() -> Parser:
 
     parser = Parser(
         prog="convsplit",
-        description="Turn the Conv2d layers of a trained PyTorch model into depthwise-separable ones.",
+        description="Turn the convolutions of a trained PyTorch model into depthwise-separable ones.",
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"convsplit {__version__}")
