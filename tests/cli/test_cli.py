@@ -165,6 +165,8 @@ def test_several_and_named_inputs() -> None:
         (["plan", "cli_model:net", "--budget", "params=0.5", "--rank", "1"], 2, "not allowed with"),
         (["plan", "cli_model:net", "--model-arg", "classes"], 2, "name=value"),
         (["report", "cli_model:net"], 2, "--input"),
+        (["bench", "cli_model:net", "--runtime", "torch,onnxrutime"], 2, "did you mean onnxruntime?"),
+        (["plan", "cli_model:net", "--runtime", "openvin"], 2, "did you mean openvino?"),
         (["plan", "cli_model:nett"], 1, "did you mean net?"),
         (["plan", "cli_model"], 1, "package.module:callable"),
         (["plan", "no_such_module:net"], 1, "no module no_such_module"),
@@ -262,6 +264,9 @@ def test_plans_by_measured_time(folder: Path, capsys: pytest.CaptureFixture) -> 
     given = ["plan", *NET, "--input", "1x3x9x9", "--budget", "latency=1.0"]
     assert main(given) == 0
     assert "milliseconds of the splittable convolutions" in capsys.readouterr().out
+    pytest.importorskip("onnxruntime")
+    assert main([*given, "--runtime", "onnxruntime"]) == 0
+    assert "inference in onnxruntime" in capsys.readouterr().out
     assert main(["plan", *NET, "--budget", "latency=0.5"]) == 1
     assert "pass example_inputs" in capsys.readouterr().err
 
