@@ -9,7 +9,7 @@ Two kinds of measurement:
 * `Stopwatch`: a layer and a coarse grid of its options, alone and in turns (dense, first option, second option, dense,
   ...), so that a machine that slows down slows them all. Between measured ranks milliseconds are interpolated. Runtimes
   that store images in blocks of channels are offered widths that fill their blocks, where there are such: others leave
-  the fast kernels of the depthwise stage and can take ten times as long.
+  the fast kernels of the depthwise stage and can take several times as long.
 * `time_models`: whole models in turns, and each of their layers within its model, with the caches as they are there.
 """
 
