@@ -24,7 +24,7 @@ from convsplit.model.running import Batch, Forward, call, tensors_in
 from convsplit.spec import axes_of
 
 IMAGES = 128  # more of them hardly change the moments
-DRAWS = 1  # directions per batch
+DRAWS = 2  # directions per batch
 
 
 def measure_sensitivity(

@@ -34,7 +34,7 @@ from convsplit.spec import CONVOLUTIONS, Convolution
 MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in all
 STAGES = ("all", "last", "bias")
 TARGETS = ("activation", "layer")
-ROUNDS = 2  # of moving the target behind a ReLU
+ROUNDS = 4  # of moving the target behind a ReLU
 FLOOR = 0.01  # of the mean sensitivity: what an error that no output seems to feel still costs
 
 
