@@ -16,6 +16,7 @@ def flops_of(run: Callable[[], object]) -> int:
     That mode keeps the compiler out, for which it imports all of it: 2 s for a model that runs in milliseconds. It is
     left with those that need the compiler themselves, as `torch.cond` does; they are run once more.
 
+    >>> import torch
     >>> flops_of(lambda: torch.zeros(2, 3) @ torch.zeros(3, 4))
     48
     """
