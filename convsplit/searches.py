@@ -10,7 +10,7 @@ from torch import nn
 
 from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
-from convsplit.choose.search import Point, Predicted, cheapest
+from convsplit.choose.search import Loss, Point, Predicted, cheapest
 from convsplit.report.found import Found, Trial
 from convsplit.report.quality import HeldOut
 
@@ -46,12 +46,12 @@ class Converts(Protocol):
 def find_cheapest(known: Converts, held: HeldOut, *, most: int, then: Finetune | None = None, **choice: Any) -> Found:
     """Convert at a handful of budgets, measure each, and keep the cheapest that loses no more than the limit.
 
-    Where none does, the one that loses least is kept.
+    Where none does, the one that loses least is kept. All are held in memory until one is chosen.
     """
     plans = _plans(known, held.budget.minimise, choice)
     predicted = Predicted(list(plans), [known.predicted_drift(plan) for plan in plans.values()])
     trials: list[Trial] = []
-    models: dict[int, nn.Module] = {}  # of the best trial so far alone: models may be large
+    models: list[nn.Module] = []
 
     def measure(fraction: float) -> Point:
         began = time.monotonic()
@@ -59,14 +59,12 @@ def find_cheapest(known: Converts, held: HeldOut, *, most: int, then: Finetune |
         converted = known.apply(plan)
         quality = held.measure(converted)
         trials.append(Trial(plan, known.predicted_drift(plan), quality, time.monotonic() - began))
-        if _best(trials, held.limit) is trials[-1]:
-            models.clear()
-            models[len(trials)] = converted
+        models.append(converted)
         return Point(fraction, quality.drift, quality.loss)
 
-    cheapest(measure, predicted, held.expected, held.limit, most=most)
-    (model,) = models.values()
-    chosen = _best(trials, held.limit)
+    loss = Loss(held.limit, held.expected, counted=held.budget.kind == "agreement")
+    best = _best(cheapest(measure, predicted, loss, most=most), loss)
+    chosen, model = trials[best], models[best]
     if then is not None:
         began = time.monotonic()
         then(model, known.model, known.batches)
@@ -90,11 +88,13 @@ def _plans(known: Converts, kind: str, choice: dict[str, Any]) -> dict[float, Pl
     return plans
 
 
-def _best(trials: list[Trial], limit: float) -> Trial:
-    met = [trial for trial in trials if trial.quality.loss <= limit]
+def _best(points: list[Point], loss: Loss) -> int:
+    """The least that keeps to the limit and is believed; or else what is lost least."""
+    believed = loss.believed(points)
+    met = [index for index, lost in enumerate(believed) if lost <= loss.limit]
     if met:
-        return min(met, key=lambda trial: trial.budget.fraction)
-    return min(trials, key=lambda trial: trial.quality.loss)
+        return min(met, key=lambda index: points[index].fraction)
+    return min(range(len(points)), key=lambda index: (points[index].loss > loss.limit, believed[index]))
 
 
 def _costliest(known: Converts, plan: Plan) -> tuple[str, ...]:

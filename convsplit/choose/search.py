@@ -4,7 +4,8 @@ How far a conversion drifts is predicted for any fraction kept, from the errors 
 and about right in how fast it falls. So each conversion that is measured corrects the prediction (a secant, in the
 logarithms of drift and prediction), and the next one is aimed just below the limit. Where the limit is not one of
 drift but of something counted on the same inputs (how many change their class), drift, which is known far more exactly
-than a count, carries the search: what is `expected` to be lost at a drift is corrected by what was counted so far.
+than a count, carries the search: what is `expected` to be lost at a drift is corrected by all that was counted so far,
+and a conversion whose own count came out lucky is not believed.
 """
 
 from __future__ import annotations
@@ -56,66 +57,87 @@ class Point:
     loss: float
 
 
-def cheapest(
-    measure: Callable[[float], Point],
-    predicted: Predicted,
-    expected: Callable[[float], float],
-    limit: float,
-    *,
-    most: int = MOST,
-) -> list[Point]:
+@dataclass(frozen=True)
+class Loss:
+    """What may be lost, `limit`, and what is `expected` to be lost at a drift: rising, and known up to a factor.
+
+    A loss that is `counted` on some inputs is noisy: of several such figures all together say what the factor is.
+    Others are taken as they were measured, and the factor in between is interpolated.
+    """
+
+    limit: float
+    expected: Callable[[float], float]
+    counted: bool = False
+
+    def believed(self, points: Sequence[Point]) -> list[float]:
+        """What is lost at each point: where it is counted no less than is expected by all counts together."""
+        if not self.counted:
+            return [point.loss for point in points]
+        return [max(point.loss, self._at(points, point.drift)) for point in points]
+
+    def drift_for(self, aim: float, points: Sequence[Point]) -> float:
+        """The drift at which so much is lost, by what was expected and what was measured."""
+        low, high = math.log(NEXT_TO_NOTHING), math.log(10.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._at(points, math.exp(middle)) < aim else (low, middle)
+        return math.exp(low)
+
+    def _at(self, points: Sequence[Point], drift: float) -> float:
+        """What is lost at a drift: so many times more than expected as it was where that was measured."""
+        told = sorted(
+            (p.drift, p.loss) for p in points if math.isfinite(p.loss) and math.isfinite(p.drift) and p.drift
+        )
+        hoped = [max(self.expected(each), NEXT_TO_NOTHING) for each, _ in told]
+        if not told or not math.isfinite(drift):
+            return self.expected(drift)
+        least = AIM * self.limit / 10  # of nothing lost no factor can be told
+        if self.counted:
+            return max(sum(loss for _, loss in told), least) / sum(hoped) * self.expected(drift)
+        factors = [math.log(max(loss, least) / each) for (_, loss), each in zip(told, hoped, strict=True)]
+        at = [math.log(each) for each, _ in told]
+        return math.exp(float(np.interp(math.log(max(drift, NEXT_TO_NOTHING)), at, factors))) * self.expected(drift)
+
+
+def cheapest(measure: Callable[[float], Point], predicted: Predicted, loss: Loss, *, most: int = MOST) -> list[Point]:
     """Convert and measure at up to `most` fractions; all that was measured, in that order.
 
-    `expected` is what is lost at a drift, rising, and known up to a factor. The search ends early where less than a
-    twentieth could still be gained.
+    The search ends early where less than a twentieth could still be gained.
 
-    >>> tried = cheapest(lambda f: Point(f, 1 / f - 1, 1 / f - 1), Predicted([0.9, 0.5, 0.1], [0.1, 1, 9]), float, 1.0)
+    >>> law = Predicted([0.9, 0.5, 0.1], [0.1, 1, 9])
+    >>> tried = cheapest(lambda f: Point(f, 1 / f - 1, 1 / f - 1), law, Loss(1.0, float))
     >>> len(tried) <= 5, 0.5 <= min(point.fraction for point in tried if point.loss <= 1) < 0.53
     (True, True)
     """
     points: list[Point] = []
     while len(points) < most:
-        fraction = _next(points, predicted, expected, limit, last=len(points) + 1 == most)
+        fraction = _next(points, predicted, loss, last=len(points) + 1 == most)
         if fraction is None:
             break
         points.append(measure(fraction))
     return points
 
 
-def _next(
-    points: Sequence[Point], predicted: Predicted, expected: Callable[[float], float], limit: float, last: bool
-) -> float | None:
+def _next(points: Sequence[Point], predicted: Predicted, loss: Loss, last: bool) -> float | None:
     """The fraction to try; None where nothing is left to be gained."""
-    met = [point.fraction for point in points if point.loss <= limit]
-    missed = [point.fraction for point in points if point.loss > limit]
+    believed = list(zip(points, loss.believed(points), strict=True))
+    met = [point.fraction for point, lost in believed if lost <= loss.limit]
+    missed = [point.fraction for point, lost in believed if lost > loss.limit]
     least, most = min(predicted.fractions), max(predicted.fractions)
     low, high = max(missed, default=least), min(met, default=most)
-    aim = AIM * limit if met or not last else AIM * limit / 2  # the last one should be one that can be had
-    guess = predicted.fraction(_prediction_for(_drift_for(aim, points, expected), points, predicted))
+    aim = AIM * loss.limit if met or not last else AIM * loss.limit / 2  # the last one should be one that can be had
+    guess = predicted.fraction(_prediction_for(loss.drift_for(aim, points), points, predicted))
     guess = min(max(guess, least), most)
-    if met and not missed and guess > high * (1 - NEAR):
+    between = guess < high * (1 - NEAR) and (not missed or guess > low * (1 + NEAR))
+    if met and not between and (loss.counted or not missed):
         return None
-    if missed and not low * (1 + NEAR) < guess < high * (1 - NEAR):
+    if missed and not between:
         guess = math.sqrt(low * high)  # between what is known to be too little and what is known to be enough
     if missed and met and high < low * WORTH:
         return None
     if any(abs(guess / point.fraction - 1) < NEAR / 2 for point in points):
         return None
     return guess
-
-
-def _drift_for(aim: float, points: Sequence[Point], expected: Callable[[float], float]) -> float:
-    """The drift at which so much is lost, by what was expected and what was measured."""
-    # How many times more was lost than expected: known where it was measured, in between by interpolation.
-    told = sorted((p.drift, p.loss) for p in points if math.isfinite(p.loss) and math.isfinite(p.drift) and p.drift)
-    at = [math.log(drift) for drift, _ in told]
-    factors = [math.log(max(loss, aim / 10) / max(expected(drift), NEXT_TO_NOTHING)) for drift, loss in told]
-    low, high = math.log(NEXT_TO_NOTHING), math.log(10.0)
-    for _ in range(60):
-        middle = (low + high) / 2
-        factor = math.exp(float(np.interp(middle, at, factors))) if told else 1.0
-        low, high = (middle, high) if factor * expected(math.exp(middle)) < aim else (low, middle)
-    return math.exp(low)
 
 
 def _prediction_for(drift: float, points: Sequence[Point], predicted: Predicted) -> float:
