@@ -690,7 +690,7 @@ def test_small_batches_are_joined_and_tell_the_same(size, joined):
 
     def taken(parts):
         values = [(part, conv(part), (conv(part), part[:, :4, 1:-1, 1:-1])) for part in parts]
-        return take_samples(conv, Stop("", len(values), lambda: iter(values)), 1, nn.Identity())
+        return take_samples(conv, Stop("", len(values), lambda: iter(values)), 1)
 
     samples, whole = taken(x.split(size)), taken([x])
     assert len(samples.batches) == joined
