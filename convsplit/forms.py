@@ -170,12 +170,8 @@ class Form:
         even: Sequence[bool] | None = None,
         seed: int = 0,
         fits: Sequence[Sequence[CP]] | None = None,
-        sweeps: int | None = None,
     ) -> list[Factors]:
-        """`factorise` of several kernels of one shape, found together: small ones in a fraction of the time.
-
-        `sweeps`: most of a fit of CP; by default small kernels converge.
-        """
+        """`factorise` of several kernels of one shape, found together: small ones in a fraction of the time."""
         evens = [False] * len(kernels) if even is None else even
         return [self._sliced(*each) for each in zip(kernels, components, evens, strict=True)]
 
@@ -280,12 +276,11 @@ class PointwiseDepthwisePointwise(Form):
         even: Sequence[bool] | None = None,
         seed: int = 0,
         fits: Sequence[Sequence[CP]] | None = None,
-        sweeps: int | None = None,
     ) -> list[Factors]:
         ranks = [count // kernels[0].shape[0] for count in components]
         known = fits or [()] * len(kernels)
         starts = [_nearest(each, rank) for each, rank in zip(known, ranks, strict=True)]
-        found = cp_each(kernels, ranks, starts=starts, iterations=sweeps, seed=seed)
+        found = cp_each(kernels, ranks, starts=starts, seed=seed)
         return [Factors(spatial=fit.C.mT, outputs=fit.A, inputs=fit.B.mT).balanced() for fit in found]
 
 

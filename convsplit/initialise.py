@@ -24,13 +24,12 @@ def initialise_each(
     fits: Sequence[Sequence[CP]],
     marginals: Sequence[Marginals | None],
     seed: int = 0,
-    sweeps: int | None = None,
 ) -> None:
     """Fill layers of one form and kernel shape with factors of the weights of `convs`, and copy the biases.
 
     `fits` of each come from its error curve, in the metric of its `marginals`. CP starts there in that metric, and
     where it has few sweeps. Small kernels without a metric converge from singular vectors too: the errors are as small,
-    but outputs of a trained network drift less (benchmarks/results/accuracy.md). `sweeps`: most of them.
+    but outputs of a trained network drift less (benchmarks/results/accuracy.md).
 
     Raises:
         ValueError: a weight holds NaN or infinite values.
@@ -50,12 +49,7 @@ def initialise_each(
         for own, known, kernel, layer in zip(fits, marginals, kernels, layers, strict=True)
     ]
     found = form.factorise_each(
-        kernels,
-        [layer.components for layer in layers],
-        even=[layer.even for layer in layers],
-        seed=seed,
-        fits=starts,
-        sweeps=sweeps,
+        kernels, [layer.components for layer in layers], even=[layer.even for layer in layers], seed=seed, fits=starts
     )
     for layer, conv, factors, known in zip(layers, convs, found, marginals, strict=True):
         layer.load_factors(factors if known is None else unwhitened(factors, known, mix_channels=form.expands))

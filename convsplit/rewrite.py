@@ -56,7 +56,6 @@ def apply_plan(
     progress: bool | None = None,
     fits: Mapping[str, Sequence[CP]] | None = None,
     marginals: Mapping[str, Marginals] | None = None,
-    sweeps: int | None = None,
 ) -> M:
     """A deep copy of the model with the layers of the plan split; the model itself is not touched.
 
@@ -69,7 +68,6 @@ def apply_plan(
         progress: show a progress bar; by default only on a terminal.
         fits: of each layer's kernel, from its menu, to start from.
         marginals: of each layer's inputs, the metric in which it is factorised.
-        sweeps: most of a fit of CP; by default small kernels converge.
 
     Returns:
         a module of the model's own class, with `SeparableConv` layers under the names of those they replace. Forward
@@ -97,7 +95,6 @@ def apply_plan(
         initialise_each(
             [replacements[name] for name in names], [originals[name].conv for name in names], seed=plan.seed,
             fits=[known.get(name, ()) for name in names], marginals=[metrics.get(name) for name in names],
-            sweeps=sweeps,
         )  # fmt: skip
         return [None] * len(names)
 

@@ -63,7 +63,6 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 HALF = Budget(params=0.5)
-SWEEPS_BEFORE_REPAIR = 30  # of CP fits that start from those of the curves; `refit` goes on in a nearer metric
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
 
 
@@ -349,23 +348,17 @@ class Study(Tabular, Generic[M]):
 
     def apply(self, plan: Plan) -> M:
         """Convert as a plan says, perhaps an edited one, and repair where there are calibration data."""
-        rough = SWEEPS_BEFORE_REPAIR if self._repairs(plan) else None
-        return self._repaired(self._rewritten(plan, sweeps=rough), plan)
+        return self._repaired(self._rewritten(plan), plan)
 
-    def _repairs(self, plan: Plan) -> bool:
-        return self.batches is not None and not _is_exact(plan)
-
-    def _rewritten(self, plan: Plan, sweeps: int | None = None) -> M:
+    def _rewritten(self, plan: Plan) -> M:
         self._check_unchanged()
         metric = None if _is_exact(plan) else self.marginals
-        converted = apply_plan(
-            self.model, plan, progress=self.progress, fits=self._fits(), marginals=metric, sweeps=sweeps
-        )
+        converted = apply_plan(self.model, plan, progress=self.progress, fits=self._fits(), marginals=metric)
         self._check_reached(converted)
         return converted
 
     def _repaired(self, converted: M, plan: Plan) -> M:
-        if self._repairs(plan):
+        if self.batches is not None and not _is_exact(plan):
             refit(converted, self.model, self.batches, forward=self.forward, seed=self.seed, progress=self.progress)
         return converted
 
