@@ -21,7 +21,7 @@ from convsplit.report.curves import Frontier
 from convsplit.runtimes import Runtime
 from convsplit.runtimes.base import Prepare
 from convsplit.searches import Finetune
-from convsplit.studies import BUDGETS, Study, StudyOptions, checked_options
+from convsplit.studies import BUDGETS, Study, StudyOptions, check_asked, checked_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -114,6 +114,7 @@ def convert(
         return known.convert(budget, rank=rank, exact=exact, prefer=prefer, stopwatch=stopwatch)
     finetune = _finetune(then, known, seconds)
     if budget is not None and budget.of_quality:
+        check_asked(budget, rank, exact)
         found = known.search(budget, then=finetune, prefer=prefer, stopwatch=stopwatch).checked()
         return cast("M", found.model)
     converted = known.convert(budget, rank=rank, exact=exact, prefer=prefer, stopwatch=stopwatch)

@@ -219,12 +219,9 @@ class Study(Tabular, Generic[M]):
                 and `exact`, a bad rank, or no example inputs where they are needed.
         """
         self._check_unchanged()
-        if budget is not None and budget.of_quality and rank is None and not exact:
+        asked = check_asked(budget, rank, exact)
+        if budget is not None and budget.of_quality:
             return self.search(budget, prefer=prefer, stopwatch=stopwatch).checked().plan
-        asked = [text for text, given in (("budget=", budget), ("rank=", rank), ("exact=", exact or None))
-                 if given is not None]  # fmt: skip
-        if len(asked) > 1:
-            raise ValueError(f"give one of budget=, rank= and exact=, not {' and '.join(asked)}")
         check_rank(rank)
         budget = budget if asked else HALF
         if not self.sites:
@@ -258,7 +255,8 @@ class Study(Tabular, Generic[M]):
         >>> type(known.convert(rank=2)[0]).__name__
         'SeparableConv2d'
         """
-        if budget is not None and budget.of_quality and not choice.get("exact") and choice.get("rank") is None:
+        if budget is not None and budget.of_quality:
+            check_asked(budget, choice.get("rank"), choice.get("exact", False))
             prefer, stopwatch = choice.get("prefer", "accuracy"), choice.get("stopwatch")
             found = self.search(budget, prefer=prefer, stopwatch=stopwatch).checked()
             return cast("M", found.model)
@@ -518,6 +516,19 @@ class Study(Tabular, Generic[M]):
                 f"the weights of {self.title} have changed since it was studied (trained, or loaded anew): make a "
                 "new study"
             )
+
+
+def check_asked(budget: Budget | None, rank: int | None, exact: bool) -> list[str]:
+    """Which of the three ways to say how far layers are split was taken, if any.
+
+    Raises:
+        ValueError: more than one.
+    """
+    given = (("budget=", budget is not None), ("rank=", rank is not None), ("exact=", exact))
+    asked = [text for text, said in given if said]
+    if len(asked) > 1:
+        raise ValueError(f"give one of budget=, rank= and exact=, not {' and '.join(asked)}")
+    return asked
 
 
 def _is_exact(plan: Plan) -> bool:

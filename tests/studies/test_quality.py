@@ -145,6 +145,11 @@ def test_what_cannot_be_met_says_how_near_it_came(known: Any) -> None:
         ({"then": "prune", "calibration": torch.randn(1, 3, 12, 12)}, "'reconstruct', 'distill'"),
         ({"then": "distill"}, "give calibration="),
         ({"seconds": 3.0}, "say then="),
+        ({"budget": Budget(drift=0.1), "rank": 1}, "budget= and rank="),
+        (
+            {"budget": Budget(drift=0.1), "rank": 1, "then": "distill", "calibration": torch.randn(1, 3, 12, 12)},
+            "rank=",
+        ),
     ],
 )
 def test_bad_requests_say_what_to_type(options: dict[str, Any], message: str) -> None:
