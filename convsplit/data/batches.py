@@ -84,9 +84,9 @@ def checked_batches(batches: Any) -> Checked:
 
 
 def _is_constant(batch: Batch) -> bool:
-    """Whether the images of a batch are one number each channel throughout."""
+    """Whether the images of a batch are one number each channel throughout; one of a single pixel cannot be told."""
     images = main_tensor(batch)
-    if images is None or images.dim() < 3 or not images.is_floating_point():
+    if images is None or images.dim() < 3 or not images.is_floating_point() or images.shape[-2:].numel() == 1:
         return False
     return bool((images.amax((-2, -1)) == images.amin((-2, -1))).all())
 
