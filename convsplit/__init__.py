@@ -10,6 +10,7 @@ from convsplit.api import convert as convert
 from convsplit.api import frontier as frontier
 from convsplit.api import make_plan as make_plan
 from convsplit.api import study as study
+from convsplit.checkpoints import restore as restore
 from convsplit.choose.budget import Budget as Budget
 from convsplit.choose.plan import Plan as Plan
 from convsplit.exports import export as export

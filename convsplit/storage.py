@@ -59,7 +59,7 @@ class StoredLayer:
     def of(cls, name: str, layer: SeparableConv) -> StoredLayer:
         """Describe a live layer; its numbers are looked up where they run, since a refit may have added a bias."""
         return cls(
-            name, layer.spec.to_json(), _printed(layer.stages.get("pad")), layer.form, layer.components, layer.even
+            name, layer.spec.to_json(), printed(layer.stages.get("pad")), layer.form, layer.components, layer.even
         )
 
     @property
@@ -173,12 +173,12 @@ def load(path: str | Path, model: M, *, strict: bool = True, device: torch.devic
     """
     path = Path(path)
     description, tensors = _read(path / WEIGHTS if path.is_dir() else path)
-    problems = list(_layer_problems(model, description.layers, tensors))
+    problems = list(layer_problems(model, description.layers, tensors))
     rebuildable = not problems
     if strict:
         problems += _class_problems(model, description)
     if rebuildable:
-        rebuilt = _rebuild(model, description.layers)
+        rebuilt = rebuild(model, description.layers)
         problems += _tensor_problems(rebuilt, tensors, strict)
     if strict and not problems and _architecture(model, description.names)[1] != description.fingerprint:
         problems = ["everything compared agrees, only the fingerprint does not: the file is damaged"]
@@ -189,7 +189,7 @@ def load(path: str | Path, model: M, *, strict: bool = True, device: torch.devic
     ]
     if problems:
         raise ValueError(f"{path} is damaged: " + "; ".join(problems))
-    rebuilt = _off_meta(rebuilt, device or "cpu")
+    rebuilt = off_meta(rebuilt, device or "cpu")
     _fill(rebuilt, tensors)
     return rebuilt if device is None else rebuilt.to(device)
 
@@ -203,7 +203,7 @@ def _tensors_to_store(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     shared: dict[str, str] = {}
     first_names: dict[int, str] = {}
     memory: set[int] = set()
-    for name, value in _state(model).items():
+    for name, value in state_of(model).items():
         _check_storable(name, value)
         first = first_names.setdefault(id(value), name)
         if first != name:
@@ -219,7 +219,7 @@ def _tensors_to_store(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, shared
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
+def state_of(model: nn.Module) -> dict[str, Any]:
     """What torch's own state_dict gives, as it is used: one that the model overrides may rename or leave out."""
     try:
         return nn.Module.state_dict(model, keep_vars=True)
@@ -309,7 +309,7 @@ def _architecture(model: nn.Module, split: Iterable[str]) -> tuple[dict[str, str
         for name, module in named.items()
         if name in convs or not name.startswith(insides)
     }
-    shapes = _shapes({key: value for key, value in _state(model).items() if not key.startswith(insides)})
+    shapes = _shapes({key: value for key, value in state_of(model).items() if not key.startswith(insides)})
     shapes.update({name: spec.weight_shape for name, spec in convs.items()})
     text = json.dumps([modules, shapes], sort_keys=True)
     return modules, hashlib.sha256(text.encode()).hexdigest()
@@ -332,8 +332,8 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
         raise ValueError(f"{path} is not a readable safetensors file, or is damaged: {error}") from error
     if text is None:
         raise ValueError(
-            f"{path} was not written by convsplit.save. For a plain state_dict keep the plan beside it: "
-            "apply_plan(model, plan, initialise=False).load_state_dict(...)"
+            f"{path} was not written by convsplit.save. convsplit.restore(model, path) takes any state_dict of a "
+            "converted model"
         )
     with _saying_where(path):
         description = _parse(text)
@@ -406,7 +406,7 @@ def _refuse_constant(name: str) -> None:
 # Comparing and rebuilding
 
 
-def _layer_problems(model: nn.Module, layers: Iterable[StoredLayer], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def layer_problems(model: nn.Module, layers: Iterable[StoredLayer], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What keeps the split layers from being rebuilt in this model; checks every number before it is used."""
     named = dict(model.named_modules(remove_duplicate=False))
     owners: dict[int, str] = {}
@@ -426,8 +426,8 @@ def _layer_problems(model: nn.Module, layers: Iterable[StoredLayer], tensors: Ma
             yield f"the file splits {layer.name!r}, a convolution; in the model, {original}"
         elif not _same_spec(layer, spec := ConvSpec.of(original.conv)):
             yield f"{layer.name!r} has {layer.spec} in the file, {spec.to_json()} in the model"
-        elif layer.pad != _printed(original.pad):
-            pads = [pad or "nothing" for pad in (layer.pad, _printed(original.pad))]
+        elif layer.pad != printed(original.pad):
+            pads = [pad or "nothing" for pad in (layer.pad, printed(original.pad))]
             yield f"{layer.name!r} pads by {pads[0]} in the file, {pads[1]} in the model"
         else:
             yield from _size_problems(layer, spec, tensors)
@@ -446,7 +446,7 @@ def _same_spec(layer: StoredLayer, spec: ConvSpec) -> bool:
     return {**layer.spec, "bias": None} == {**spec.to_json(), "bias": None}
 
 
-def _printed(pad: nn.Module | None) -> str:
+def printed(pad: nn.Module | None) -> str:
     return "" if pad is None else repr(pad)
 
 
@@ -480,7 +480,7 @@ def _class_problems(model: nn.Module, description: Description) -> Iterator[str]
             yield f"{name or 'the model'!r} is {stored} in the file, {found} in the model"
 
 
-def _rebuild(model: M, layers: Iterable[StoredLayer]) -> M:
+def rebuild(model: M, layers: Iterable[StoredLayer]) -> M:
     """A copy of the model with empty split layers."""
     named = dict(model.named_modules(remove_duplicate=False))
     first_names = {id(module): name for name, module in model.named_modules()}
@@ -510,7 +510,7 @@ def _give_bias(layer: SeparableConv, bias: bool) -> None:
 
 
 def _tensor_problems(rebuilt: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> Iterator[str]:
-    places = _state(rebuilt)
+    places = state_of(rebuilt)
     first_names: dict[int, str] = {}
     for name, place in places.items():
         tensor, on_meta = tensors.get(name), isinstance(place, Tensor) and place.is_meta
@@ -544,7 +544,7 @@ def _one_tensor_problems(name: str, tensor: Tensor, place: Any, strict: bool) ->
         )
 
 
-def _off_meta(model: M, device: torch.device | str) -> M:
+def off_meta(model: M, device: torch.device | str) -> M:
     """The model with uninitialised memory for what is on the meta device; tied tensors stay tied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -561,7 +561,7 @@ def _off_meta(model: M, device: torch.device | str) -> M:
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     # Through the state_dict of the model: it carries the version numbers that modules ask for when they load.
-    state = _state(model)
+    state = state_of(model)
     for name in state:
         state[name] = tensors.get(name, state[name])
     nn.Module.load_state_dict(model, state)

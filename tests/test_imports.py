@@ -16,7 +16,7 @@ import convsplit
 ROOMS = [
     "progress", "parallel", "precision", "files", "spec", "tables", "lowrank", "forms", "structure", "layers",
     "kinds", "model", "data", "choose", "initialise", "rewrite", "folding", "runtimes", "measure", "exports",
-    "repair", "report", "storage", "searches", "studies", "finetune", "api", "passes", "cli",
+    "repair", "report", "storage", "checkpoints", "searches", "studies", "finetune", "api", "passes", "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

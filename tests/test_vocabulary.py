@@ -13,8 +13,8 @@ from convsplit.studies import Study, StudyOptions
 
 PUBLIC = {
     "convert", "make_plan", "apply_plan", "study", "Study", "Budget", "Plan", "SeparableConv", "SeparableConv2d",
-    "refit", "reconstruct", "distill", "compare", "merge", "save", "load", "for_inference", "Stopwatch", "frontier",
-    "bench", "export", "ConversionWarning",
+    "refit", "reconstruct", "distill", "compare", "merge", "save", "load", "restore", "for_inference", "Stopwatch",
+    "frontier", "bench", "export", "ConversionWarning",
 }  # fmt: skip
 FUNCTIONS = [
     *(getattr(convsplit, name) for name in sorted(PUBLIC - {"ConversionWarning"})), repair.recalibrate,

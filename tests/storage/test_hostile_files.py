@@ -325,7 +325,7 @@ def test_safetensors_of_others(path: Path) -> None:
     save_file(small_net().state_dict(), path)
     text = refused(path)
     assert "was not written by convsplit.save" in text
-    assert "apply_plan" in text
+    assert "convsplit.restore" in text
 
 
 def test_no_file_at_all(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Restoring: a model rebuilt as a state_dict holds it, split where that is split, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from convsplit.checkpoints.names import aligned
+from convsplit.checkpoints.recognition import recognise
+from convsplit.checkpoints.sources import Source, read_state
+from convsplit.storage import off_meta, rebuild, state_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def restore(model: M, source: Source, *, strict: bool = True) -> M:
+    """A copy of a model with the weights of a checkpoint of its conversion, whoever wrote that.
+
+    Which layers are split, in which form and with how many components is read off names and shapes, so no plan is
+    needed: trainers' and hubs' own checkpoints come back. What wrappers put before names is undone (`module.`,
+    `_orig_mod.`, `model.`); dtypes are the model's.
+
+    Args:
+        model: a fresh instance of the model that was converted; it may be on the meta device. It is not changed.
+        source: a state_dict; a file of torch.save, which may keep it under "state_dict", "model" or the like; a
+            safetensors file; or a folder with one of these or with shards and their index. Nothing in a file is
+            executed.
+        strict: False lets names be missing or be left over, as in `load_state_dict`; shapes have to fit in any case.
+
+    Returns:
+        a module of the model's own class with the split layers and the tensors of the source.
+
+    Raises:
+        ValueError: the source cannot be read, or does not fit the model: says what does not.
+        FileNotFoundError: there is no such file.
+
+    >>> import convsplit, torch
+    >>> model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
+    >>> trained = nn.DataParallel(convsplit.convert(model))
+    >>> again = restore(model, {"epoch": 7, "state_dict": trained.state_dict()})
+    >>> images = torch.zeros(1, 16, 8, 8)
+    >>> torch.equal(again(images), trained.module(images))
+    True
+    """
+    state = aligned(read_state(source), model)
+    rebuilt = skeleton(model, state)
+    problem = _unfilled(rebuilt, state)
+    if problem:
+        raise ValueError(problem)
+    rebuilt = off_meta(rebuilt, "cpu")
+    _load(rebuilt, state, strict)
+    return rebuilt
+
+
+def skeleton(model: M, state: Mapping[str, Any]) -> M:
+    """A copy of a model, split as a state_dict under the model's names is: zeros in those layers, to be loaded into.
+
+    Raises:
+        ValueError: as `recognise`.
+
+    >>> import convsplit
+    >>> model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU())
+    >>> state = convsplit.convert(model, forms="dw-pw", rank=2).state_dict()
+    >>> skeleton(model, state).load_state_dict(state)
+    <All keys matched successfully>
+    """
+    return rebuild(model, recognise(model, state))
+
+
+def _unfilled(rebuilt: nn.Module, state: Mapping[str, Any]) -> str:
+    """What would stay without values, because it is on the meta device and not in the state_dict; empty if nothing."""
+    places = state_of(rebuilt)
+    filled = {id(place) for key, place in places.items() if key in state}
+    tensors = [*places.items(), *rebuilt.named_buffers()]
+    empty = [key for key, t in tensors if isinstance(t, Tensor) and t.is_meta and id(t) not in filled]
+    if not empty:
+        return ""
+    return f"on the meta device, and not in the state_dict: {', '.join(empty[:8])}. Build the model on the CPU"
+
+
+def _load(rebuilt: nn.Module, state: dict[str, Any], strict: bool) -> None:
+    """`load_state_dict`, whose names may be fewer: of tensors that are one, some libraries store only one."""
+    places = state_of(rebuilt)
+    stored = {id(places[key]): state[key] for key in places if key in state}
+    for key, place in places.items():
+        if key not in state and id(place) in stored:
+            state[key] = stored[id(place)]
+    try:
+        nn.Module.load_state_dict(rebuilt, state, strict=strict)
+    except RuntimeError as error:
+        raise ValueError(f"the state_dict does not fit this {type(rebuilt).__name__}: {error}") from error
