@@ -103,7 +103,7 @@ def apply_plan(
             factorise, list(replacements), "Factorising", alike=lambda name: _kind(replacements[name]),
             size=lambda name: originals[name].conv.weight.numel(), progress=progress,
         )  # fmt: skip
-    return _copy_with(model, replacements)
+    return copy_with(model, replacements)
 
 
 def _kind(layer: SeparableConv) -> tuple[object, ...]:
@@ -122,7 +122,7 @@ def merge(model: M) -> M:
     'Conv2d'
     """
     split = {name: m for name, m in model.named_modules() if isinstance(m, SeparableConv)}
-    return _copy_with(model, {name: layer.merged() for name, layer in split.items()})
+    return copy_with(model, {name: layer.merged() for name, layer in split.items()})
 
 
 def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
@@ -153,7 +153,7 @@ def _empty(original: Equivalent, layer: PlannedLayer) -> SeparableConv:
     return empty
 
 
-def _copy_with(model: M, replacements: Mapping[str, nn.Module]) -> M:
+def copy_with(model: M, replacements: Mapping[str, nn.Module]) -> M:
     """A deep copy with some modules replaced, under every name they have."""
     modules = dict(model.named_modules())
     # deepcopy looks a module's replacement up where it would have copied it: every alias, attribute and list that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -10,12 +11,18 @@ from torch import Tensor, nn
 from convsplit.checkpoints.names import aligned
 from convsplit.checkpoints.recognition import recognise
 from convsplit.checkpoints.sources import Source, read_state
+from convsplit.choose.options import Option
+from convsplit.choose.plan import Plan, PlannedLayer
+from convsplit.layers.separable import SeparableConv
+from convsplit.rewrite import apply_plan, copy_with
+from convsplit.spec import parameter_count
 from convsplit.storage import off_meta, rebuild, state_of
+from convsplit.structure import Structure
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def restore(model: M, source: Source, *, strict: bool = True) -> M:
+def restore(model: M, source: Source, *, strict: bool = True, factorise: bool = False) -> M:
     """A copy of a model with the weights of a checkpoint of its conversion, whoever wrote that.
 
     Which layers are split, in which form and with how many components is read off names and shapes, so no plan is
@@ -28,12 +35,15 @@ def restore(model: M, source: Source, *, strict: bool = True) -> M:
             safetensors file; or a folder with one of these or with shards and their index. Nothing in a file is
             executed.
         strict: False lets names be missing or be left over, as in `load_state_dict`; shapes have to fit in any case.
+        factorise: the other way round: where `model` is split and the source dense, split its kernels as the model's
+            layers are, an approximation without repair.
 
     Returns:
         a module of the model's own class with the split layers and the tensors of the source.
 
     Raises:
-        ValueError: the source cannot be read, or does not fit the model: says what does not.
+        ValueError: the source cannot be read, or does not fit the model: says what does not. Also where the model is
+            split, the source dense, and `factorise` is not asked for.
         FileNotFoundError: there is no such file.
 
     >>> import convsplit, torch
@@ -45,13 +55,21 @@ def restore(model: M, source: Source, *, strict: bool = True) -> M:
     True
     """
     state = aligned(read_state(source), model)
-    rebuilt = skeleton(model, state)
+    dense = _dense_in(state, model)
+    if dense and not factorise:
+        raise ValueError(
+            f"split in the model and dense in the source: {', '.join(list(dense)[:8])}. Give the original model, or "
+            "let factorise=True split their kernels as these layers are"
+        )
+    rebuilt = skeleton(
+        copy_with(model, {name: _dense_of(layer, name, state) for name, layer in dense.items()}), state
+    )
     problem = _unfilled(rebuilt, state)
     if problem:
         raise ValueError(problem)
     rebuilt = off_meta(rebuilt, "cpu")
     _load(rebuilt, state, strict)
-    return rebuilt
+    return apply_plan(rebuilt, _as_split(dense, rebuilt)) if dense else rebuilt
 
 
 def skeleton(model: M, state: Mapping[str, Any]) -> M:
@@ -67,6 +85,33 @@ def skeleton(model: M, state: Mapping[str, Any]) -> M:
     <All keys matched successfully>
     """
     return rebuild(model, recognise(model, state))
+
+
+def _dense_in(state: Mapping[str, Any], model: nn.Module) -> dict[str, SeparableConv]:
+    """The split layers of a model that a state_dict has one kernel for."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SeparableConv)}
+    return {name: layer for name, layer in layers.items() if f"{name}.weight".lstrip(".") in state}
+
+
+def _dense_of(layer: SeparableConv, name: str, state: Mapping[str, Any]) -> nn.Module:
+    """The convolution that a split layer stands for, with a bias if the state_dict has one."""
+    conv = layer.merged()
+    if f"{name}.bias".lstrip(".") not in state:
+        conv.register_parameter("bias", None)
+    elif conv.bias is None:
+        conv.register_parameter("bias", nn.Parameter(conv.weight.new_zeros(conv.out_channels)))
+    return conv
+
+
+def _as_split(layers: Mapping[str, SeparableConv], dense: nn.Module) -> Plan:
+    """The plan that splits a model again as these layers are."""
+    planned = []
+    for name, layer in layers.items():
+        spec = replace(layer.spec, bias=dense.get_submodule(name).bias is not None)
+        structure = Structure(layer.form, layer.components, layer.even)
+        option = Option(structure, structure.params(spec), None, None, arrangement=layer.arrangement)
+        planned.append(PlannedLayer(name, spec, option=option))
+    return Plan(tuple(planned), parameter_count(dense))
 
 
 def _unfilled(rebuilt: nn.Module, state: Mapping[str, Any]) -> str:

@@ -41,6 +41,10 @@ ARRANGEMENTS = ("stages", "repeated", "by image")
 
 _CONVOLUTIONS = ("pointwise_in", "depthwise", "pointwise_out")
 _GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "output_padding")  # of the depthwise stage alone
+_DENSE_STATE = (
+    "is split here, and dense in the state_dict, as in the original model's: load it into that and convert it (anew, or"
+    " with apply_plan), or let convsplit.restore(converted, state_dict, factorise=True) split its kernels as these are"
+)
 _STAGES = ("gather", "pointwise_in", "pad", "depthwise", "pointwise_out", "sum")
 
 
@@ -528,6 +532,22 @@ class SeparableConv(nn.Module):
     @property
     def padding_mode(self) -> str:
         return self.spec.padding_mode
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """A dense kernel is refused in words: it has no place here, and `strict=False` would leave it out silently."""
+        own = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        if "weight" in own and own <= {"weight", "bias"}:
+            told = any(_DENSE_STATE in text for text in error_msgs)
+            error_msgs.append(f"{prefix[:-1] or 'the model'} {'is, too' if told else _DENSE_STATE}")
+            for key in own:
+                del state_dict[prefix + key]
+            state_dict.update(self.state_dict(prefix=prefix))  # so that stages add no list of missing names
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

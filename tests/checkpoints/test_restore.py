@@ -304,3 +304,47 @@ def test_a_layer_that_is_split_otherwise() -> None:
         restore(SeparableConv2d(8, 8, 3, form="dw-pw"), state)
     with pytest.raises(ValueError, match="may compute more than Conv2d does"):
         restore(type("Odd", (nn.Conv2d,), {})(8, 8, 3), state)
+
+
+# A dense state_dict for a split model
+
+
+def test_a_split_model_refuses_a_dense_state_dict_in_words() -> None:
+    model, converted = small_net(), converted_net()
+    before = copy.deepcopy(converted.state_dict())
+    split = [name for name, m in converted.named_modules() if isinstance(m, SeparableConv)]
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="is split here, and dense in the state_dict") as raised:
+            converted.load_state_dict(model.state_dict(), strict=strict)
+        text = str(raised.value)
+        assert text.count("factorise=True") == 1
+        assert text.count("is, too") == len(split) - 1
+        assert "Missing key" not in text
+        assert "Unexpected key" not in text
+        for name in split:
+            own = converted.get_submodule(name).state_dict()
+            assert all(torch.equal(value, before[f"{name}.{key}"]) for key, value in own.items())
+    with pytest.raises(RuntimeError, match="the model is split here"):
+        SeparableConv2d(4, 4, 3).load_state_dict(nn.Conv2d(4, 4, 3).state_dict())
+    with pytest.raises(ValueError, match="split in the model and dense in the source: .* factorise=True"):
+        restore(converted, model.state_dict())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("repaired", [False, True])
+def test_a_dense_state_dict_is_split_when_asked_for(form: str, repaired: bool) -> None:
+    converted, other = converted_net(forms=form, rank=2), awakened(small_net(), seed=5).eval()
+    if repaired:  # has biases then that the dense model has not
+        for layer in converted.modules():
+            if isinstance(layer, SeparableConv):
+                layer.add_bias()
+    again = restore(converted, other.state_dict(), factorise=True)
+    expected = convsplit.apply_plan(other, convsplit.make_plan(other, forms=form, rank=2))
+    assert_same_model(expected, again)
+
+
+def test_exactly_split_models_take_any_dense_weights_exactly() -> None:
+    converted, other = converted_net(exact=True), awakened(small_net(), seed=5).eval()
+    again = restore(converted, {f"module.{key}": value for key, value in other.state_dict().items()}, factorise=True)
+    torch.testing.assert_close(again(IMAGES), other(IMAGES), rtol=1e-4, atol=1e-5)
+    assert_same_model(again, restore(converted, again.state_dict(), factorise=True))  # nothing to factorise there
