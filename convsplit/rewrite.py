@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,10 @@ _LEFT_BEHIND = {
     "_load_state_dict_pre_hooks": "load_state_dict pre-hook",
     "_load_state_dict_post_hooks": "load_state_dict hook",
 }
+
+# Files of `convsplit.integrations`, by the package that a model's class comes from: their `settle` sees to it that a
+# converted model lives on there. By name, so that nothing is imported but beside a library that is.
+SETTLED_BY = ("ultralytics",)
 
 
 @same_globals()
@@ -164,7 +169,15 @@ def copy_with(model: M, replacements: Mapping[str, nn.Module]) -> M:
     for name, new in replacements.items():
         _hand_over(name, modules[name], new, memo)
     _warn_of_closures(model, copied)
+    _settle(copied)
     return copied  # type: ignore[return-value]
+
+
+def _settle(copied: nn.Module) -> None:
+    for package in {kind.__module__.split(".")[0] for kind in type(copied).__mro__}.intersection(SETTLED_BY):
+        adapter = importlib.import_module(f"convsplit.integrations.{package}")
+        if isinstance(copied, adapter.ROOT):
+            adapter.settle(copied)
 
 
 def _put_in(model: nn.Module, copied: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -4,6 +4,8 @@ import ast
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -16,7 +18,8 @@ import convsplit
 ROOMS = [
     "progress", "parallel", "precision", "files", "spec", "tables", "lowrank", "forms", "structure", "layers",
     "kinds", "model", "data", "choose", "initialise", "rewrite", "folding", "runtimes", "measure", "exports",
-    "repair", "report", "storage", "checkpoints", "searches", "studies", "finetune", "api", "passes", "cli",
+    "repair", "report", "storage", "checkpoints", "searches", "studies", "finetune", "api", "passes", "integrations",
+    "cli",
 ]  # fmt: skip
 PACKAGE = Path(convsplit.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -69,9 +72,19 @@ def packages() -> Iterator[ModuleType]:
 @pytest.mark.parametrize("package", list(packages()), ids=lambda package: package.__name__)
 def test_no_name_hides_a_module(package: ModuleType) -> None:
     for found in pkgutil.iter_modules(package.__path__):
-        if found.name != "__main__":
+        if found.name == "__main__":
+            continue
+        try:
             module = importlib.import_module(f"{package.__name__}.{found.name}")
-            assert getattr(package, found.name) is module
+        except ImportError:
+            assert package.__name__ == "convsplit.integrations"  # of a library that is not installed
+            continue
+        assert getattr(package, found.name) is module
+
+
+def test_importing_convsplit_imports_no_integration() -> None:
+    code = "import sys, convsplit; print([name for name in sys.modules if name.startswith('convsplit.integrations')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_public_names_are_documented() -> None:

@@ -1,0 +1,226 @@
+"""Models of ultralytics after conversion: predict, val, fuse, train, save, a fresh process, export."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import convsplit
+from convsplit.layers.separable import SeparableConv
+
+pytest.importorskip("ultralytics", exc_type=ImportError)
+
+from ultralytics import YOLO
+from ultralytics.utils import ROOT, YAML
+
+from convsplit.integrations import ultralytics as at_home
+
+SIZE = 64
+
+
+def split_names(model: nn.Module) -> set[str]:
+    return {name for name, layer in model.named_modules() if isinstance(layer, SeparableConv)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set of a few squares on noise, as ultralytics reads one."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("squares")
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        (folder / "images" / part).mkdir(parents=True)
+        (folder / "labels" / part).mkdir(parents=True)
+        for i in range(4):
+            pixels = (60 * torch.rand(64, 64, 3, generator=generator)).to(torch.uint8)
+            pixels[16:48, 8 + 4 * i : 40 + 4 * i] = 230
+            Image.fromarray(pixels.numpy()).save(folder / "images" / part / f"{i}.png")
+            (folder / "labels" / part / f"{i}.txt").write_text(f"{i % 2} {(24 + 4 * i) / 64} 0.5 0.5 0.5\n")
+    YAML.save(folder / "data.yaml", {"path": str(folder), "train": "images/train", "val": "images/val", "nc": 2,
+                                     "names": {0: "even", 1: "odd"}})  # fmt: skip
+    return str(folder / "data.yaml")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """YOLOv8, a quarter as wide as its smallest."""
+    numbers = YAML.load(ROOT / "cfg/models/v8/yolov8.yaml")
+    del numbers["scales"]
+    path = tmp_path_factory.mktemp("models") / "tiny.yaml"
+    YAML.save(path, {**numbers, "depth_multiple": 0.33, "width_multiple": 0.0625})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def yolo(tiny: str) -> YOLO:
+    torch.manual_seed(0)
+    made = YOLO(tiny)
+    for module in made.model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics worth folding
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    made.model.eval()
+    return made
+
+
+@pytest.fixture(scope="module")
+def half(yolo: YOLO) -> YOLO:
+    converted = at_home.convert(yolo, torch.rand(1, 3, SIZE, SIZE), forms=("dw-pw", "pw-dw"))
+    for layer in converted.model.modules():
+        if isinstance(layer, SeparableConv):  # a repair gives biases to layers that have none
+            nn.init.normal_(layer.add_bias(), std=0.1)
+    return converted
+
+
+def again(yolo: YOLO) -> YOLO:
+    """Another YOLO of the same module: what is done to it is not done to the first."""
+    other = copy.copy(yolo)
+    other._modules = dict(yolo._modules)
+    return other
+
+
+def trained(yolo: YOLO, data: str, folder: Path, **options: object) -> nn.Module:
+    settings = {
+        "epochs": 1,
+        "imgsz": SIZE,
+        "batch": 4,
+        "optimizer": "SGD",
+        "lr0": 1e-4,
+        "workers": 0,
+        "device": "cpu",
+    }
+    quiet = {"plots": False, "verbose": False, "val": False, "project": str(folder), "name": "run", "exist_ok": True}
+    yolo.train(data=data, **{**settings, **quiet, "warmup_epochs": 0, "close_mosaic": 0, "mosaic": 0.0, **options})
+    return yolo.model
+
+
+def test_convert_leaves_the_yolo_it_was_given(yolo: YOLO, half: YOLO):
+    assert type(half) is type(yolo)
+    assert split_names(half.model)
+    assert not split_names(yolo.model)
+    assert half.callbacks is not yolo.callbacks
+
+
+def test_fuse_and_predict_give_what_the_converted_module_gives(half: YOLO):
+    images = torch.rand(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        wanted = half.model.eval()(images)[0]
+        fused = copy.deepcopy(half.model).fuse(verbose=False)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+        assert split_names(fused) == split_names(half.model)
+        assert torch.allclose(fused(images)[0], wanted, atol=1e-3)
+    assert len(half.predict(images, verbose=False, imgsz=SIZE, device="cpu")) == 2
+
+
+def test_a_saved_checkpoint_opens_in_a_fresh_process_and_trains_on_split(half: YOLO, data: str, tmp_path: Path):
+    half.save(tmp_path / "split.pt")
+    script = tmp_path / "fresh.py"
+    script.write_text(f"""
+from ultralytics import YOLO
+yolo = YOLO({str(tmp_path / "split.pt")!r})
+def count(model): return sum(type(m).__name__ == "SeparableConv2d" for m in model.modules())
+before, image = count(yolo.model), {str(Path(data).parent / "images" / "val" / "0.png")!r}
+yolo.predict(image, imgsz={SIZE}, verbose=False, device="cpu", save=False)
+yolo.train(data={data!r}, epochs=1, imgsz={SIZE}, batch=4, workers=0, device="cpu", plots=False, verbose=False,
+           val=False, optimizer="SGD", lr0=1e-4, project={str(tmp_path)!r}, name="fresh")
+print("layers", before, count(yolo.model), count(YOLO({str(tmp_path / "fresh/weights/last.pt")!r}).model))
+""")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = done.stdout.split("layers ")[1].split()[:3]
+    assert {int(count) for count in counts} == {len(split_names(half.model))}
+
+
+@pytest.mark.parametrize("classes", [80, 2])
+def test_training_goes_on_from_the_converted_weights(
+    yolo: YOLO, half: YOLO, tiny: str, data: str, tmp_path: Path, classes: int
+):
+    same = again(half)
+    if classes == 80:  # as somebody does it who knows nothing of convsplit.integrations
+        same = YOLO(tiny)
+        same.model = convsplit.convert(yolo.model, forms="dw-pw", skip=["model.22.*"])
+    before, names = dict(same.model.state_dict()), split_names(same.model)
+    after = trained(same, data, tmp_path)
+    assert split_names(after) == names
+    for name in names:
+        key = f"{name}.depthwise.weight"
+        moved = (after.get_submodule(f"{name}.depthwise").weight - before[key]).norm()
+        assert moved < 0.05 * before[key].norm(), name
+
+
+def test_layers_of_another_size_stay_dense_and_are_named(half: YOLO, yolo: YOLO):
+    other = copy.deepcopy(yolo.model)
+    name = min(split_names(half.model))
+    other.set_submodule(name, nn.Conv2d(4, 8, 3, 2, 1, bias=False))
+    with pytest.warns(convsplit.ConversionWarning, match=rf"of another size in the new model.*: {name}$"):
+        other.load(half.model, verbose=False)
+    assert split_names(other) == split_names(half.model) - {name}
+
+
+def test_training_from_other_weights_is_said_to_be_dense(half: YOLO, data: str, tmp_path: Path):
+    with pytest.warns(convsplit.ConversionWarning, match=r"pretrained=") as warned:
+        after = trained(again(half), data, tmp_path, pretrained=False)
+    assert not split_names(after)
+    assert len([each for each in warned if each.category is convsplit.ConversionWarning]) == 1
+
+
+def test_a_trainer_that_loads_no_weights_is_told_of(half: YOLO, data: str, tmp_path: Path):
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    class Forgetful(DetectionTrainer):
+        def get_model(self, cfg=None, weights=None, verbose=True):
+            return super().get_model(cfg, None, verbose)
+
+    with pytest.warns(convsplit.ConversionWarning, match=r"built a model of its own"):
+        trained(again(half), data, tmp_path, trainer=Forgetful)
+
+
+def test_validation_runs(half: YOLO, data: str, tmp_path: Path):
+    found = half.val(data=data, imgsz=SIZE, batch=4, workers=0, device="cpu", plots=False, verbose=False,
+                     project=str(tmp_path))  # fmt: skip
+    assert 0 <= found.box.map <= 1
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "onnx", "openvino"])
+def test_exports_equal_the_converted_module(half: YOLO, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    if kind != "torchscript":
+        pytest.importorskip("onnxruntime" if kind == "onnx" else kind)
+    monkeypatch.chdir(tmp_path)
+    half.save(tmp_path / "split.pt")
+    saved = YOLO(tmp_path / "split.pt")  # in half precision, as ultralytics saves
+    images = torch.rand(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        wanted = saved.model.eval()(images)[0]
+    from ultralytics.nn.autobackend import AutoBackend
+
+    exported = saved.export(format=kind, imgsz=SIZE, verbose=False, device="cpu")
+    found = AutoBackend(exported, device=torch.device("cpu"))(images)
+    found = found[0] if isinstance(found, (list, tuple)) else found
+    assert (torch.as_tensor(found) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_merging_takes_leave(half: YOLO):
+    assert isinstance(half.model.convsplit, at_home.Settled)
+    assert not hasattr(convsplit.merge(half.model), "convsplit")
+
+
+def test_images_come_as_the_predictor_reads_them(yolo: YOLO, data: str):
+    (batch,) = at_home.images(Path(data).parent / "images" / "train", size=SIZE)
+    assert batch.shape == (4, 3, SIZE, SIZE)
+    predictor = yolo._smart_load("predictor")(
+        overrides={"imgsz": SIZE, "device": "cpu", "save": False, "verbose": False}
+    )
+    predictor.setup_model(copy.deepcopy(yolo.model), verbose=False)
+    predictor.setup_source(str(Path(data).parent / "images" / "train"))
+    _, pictures, _ = next(iter(predictor.dataset))
+    assert torch.allclose(predictor.preprocess(pictures)[0], batch[0], atol=1e-6)
+
+
+def test_what_is_no_yolo_of_weights_is_refused():
+    with pytest.raises(TypeError, match=r"modules go to convsplit\.convert"):
+        at_home.convert(nn.Conv2d(3, 8, 3))
