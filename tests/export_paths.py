@@ -1,6 +1,6 @@
 """Models and the paths out of eager PyTorch that a converted one must be able to take.
 
-The tests run every pair, and benchmarks/export_matrix.py prints the same pairs as a table. A path is a function
+The tests run every pair, and benchmarks/suites/export_matrix.py prints the same pairs as a table. A path is a function
 `(model, args)` that takes the path and raises where the result differs from the model's own. To add a model or a
 path, add a function under its decorator.
 """

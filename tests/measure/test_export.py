@@ -1,6 +1,6 @@
 """Every model takes every path out of eager PyTorch that it took before the conversion.
 
-The pairs live in export_paths.py; `python benchmarks/export_matrix.py` prints them as a table.
+The pairs live in export_paths.py; `python -m benchmarks export_matrix` prints them as a table.
 """
 
 from __future__ import annotations

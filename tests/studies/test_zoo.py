@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import zoo
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.suites import zoo
 
 # One of each kind: plain, residual, branching, squeezed, grouped, inverted, segmenting, without convolutions.
 QUICK = {

@@ -1,32 +1,38 @@
 """Seconds of whole conversions, with this code and, side by side, with earlier code.
 
-    python benchmarks/speed_of_conversion.py [--networks NETWORKS.py] [--photos PHOTOS.py] [--before CHECKOUT]
-                                             [--runs 3] [--threads 2] [--cases ...]
+    python -m benchmarks conversion [--networks NETWORKS.py] [--photos PHOTOS.py] [--before CHECKOUT]
+                                   [--runs 3] [--threads 2] [--cases ...]
 
 CHECKOUT is a folder with another version of convsplit. Every run is a process of its own, so that it pays for what a
-first conversion pays (but not for imports), and versions take turns, so that a busy machine is busy for both. Prints
-Markdown: the median of the seconds, their least and most, and the seconds of the processors.
+first conversion pays (but not for imports), and versions take turns, so that a busy machine is busy for both. Median
+of the seconds, their least and most, and the seconds of the processors.
 
-NETWORKS.py as for benchmarks/accuracy.py; PHOTOS.py defines `inception_v3()`, a trained InceptionV3 in eval mode.
+NETWORKS.py as in benchmarks/subjects.py; PHOTOS.py defines `inception_v3()`, a trained InceptionV3 in eval mode.
 A case is a function in CASES that prepares what is needed and returns what is timed.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-Case = Callable[[argparse.Namespace], Callable[[], object]]
+if TYPE_CHECKING:
+    from benchmarks.results import Sheet
 
-HERE = Path(__file__).resolve().parent
+Case = Callable[[Namespace], Callable[[], object]]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def resnet50(arguments: argparse.Namespace) -> Callable[[], object]:
+def resnet50(arguments: Namespace) -> Callable[[], object]:
     import torchvision
 
     import convsplit
@@ -35,8 +41,8 @@ def resnet50(arguments: argparse.Namespace) -> Callable[[], object]:
     return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
 
 
-def quickstart(arguments: argparse.Namespace) -> Callable[[], object]:
-    sys.path.append(str(HERE.parent / "examples"))
+def quickstart(arguments: Namespace) -> Callable[[], object]:
+    sys.path.append(str(ROOT / "examples"))
     from digits import small_resnet
 
     import convsplit
@@ -45,7 +51,7 @@ def quickstart(arguments: argparse.Namespace) -> Callable[[], object]:
     return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
 
 
-def inception(arguments: argparse.Namespace) -> Callable[[], object]:
+def inception(arguments: Namespace) -> Callable[[], object]:
     import convsplit
 
     model = _module(arguments.photos).inception_v3()
@@ -53,7 +59,7 @@ def inception(arguments: argparse.Namespace) -> Callable[[], object]:
 
 
 def cifar(depth: int) -> Case:
-    def case(arguments: argparse.Namespace) -> Callable[[], object]:
+    def case(arguments: Namespace) -> Callable[[], object]:
         import convsplit
 
         model = _module(arguments.networks).resnet(depth)
@@ -72,23 +78,23 @@ CASES: dict[str, Case] = {
 NEEDS = {inception: "photos"} | {case: "networks" for name, case in CASES.items() if "CIFAR" in name}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--networks", help="a file with trained networks")
     parser.add_argument("--photos", help="a file with a trained InceptionV3")
     parser.add_argument("--before", help="a folder with earlier code")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="parts of their names")
-    parser.add_argument("--time", help=argparse.SUPPRESS)  # in a process of its own: time this case
-    arguments = parser.parse_args()
-    if arguments.time:
-        print(json.dumps(timed(CASES[arguments.time], arguments)))
-        return
-    sys.path.insert(0, str(HERE.parent))
+
+
+QUICK = {"runs": 1, "threads": 1, "cases": ["quickstart"]}
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
+    from benchmarks.results import Sheet
     from convsplit.tables import Table
 
-    versions = {"now": str(HERE.parent)} | ({"before": arguments.before} if arguments.before else {})
+    versions = {"now": str(ROOT)} | ({"before": arguments.before} if arguments.before else {})
     rows = []
     for name, case in CASES.items():
         if not any(part in name for part in arguments.cases) or not getattr(arguments, NEEDS.get(case, "cases")):
@@ -96,32 +102,32 @@ def main() -> None:
         runs: dict[str, list[tuple[float, float]]] = {version: [] for version in versions}
         for _ in range(arguments.runs):
             for version, folder in versions.items():
-                runs[version].append(in_own_process(name, folder))
+                runs[version].append(in_own_process(name, arguments, folder))
                 print(name, version, *runs[version][-1], file=sys.stderr, flush=True)
         rows.append([name, *_figures(runs["now"]), *(_figures(runs["before"]) if "before" in runs else [])])
     headings = ["case", "median s", "least", "most", "CPU s"]
     headings += [f"{heading} before" for heading in headings[1:]] if arguments.before else []
-    print(Table(headings, rows, frozenset({"case"})).markdown())
+    yield Sheet("conversion", Table(headings, rows, frozenset({"case"})), ["case"])
 
 
-def timed(case: Case, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Seconds, and seconds of all processors."""
-    import torch
-
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    run = case(arguments)
-    start, busy = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - start, time.process_time() - busy
-
-
-def in_own_process(name: str, folder: str) -> tuple[float, float]:
-    """`timed` with the code in the folder."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--time", name]
-    environment = os.environ | {"PYTHONPATH": folder}
+def in_own_process(name: str, arguments: Namespace, folder: str) -> tuple[float, float]:
+    """Seconds, and seconds of all processors, of a case with the code in the folder."""
+    given = {"name": name, "threads": arguments.threads, "networks": arguments.networks, "photos": arguments.photos}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, str(ROOT)])}
+    command = [sys.executable, __file__, json.dumps(given)]
     seconds, busy = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
     return seconds, busy
+
+
+def in_this_process(given: Namespace) -> tuple[float, float]:
+    import torch
+
+    from benchmarks.clock import timed
+
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    work = timed(CASES[given.name](given))
+    return work.seconds, work.cpu
 
 
 def _figures(runs: list[tuple[float, float]]) -> list[str]:
@@ -131,12 +137,11 @@ def _figures(runs: list[tuple[float, float]]) -> list[str]:
     ]
 
 
-def _module(path: str):  # type: ignore[no-untyped-def]
-    sys.path.insert(1, str(HERE))
-    from accuracy import load_networks
+def _module(path: str) -> ModuleType:
+    from benchmarks.subjects import load_networks
 
     return load_networks(path)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # a process of its own, which may have earlier code of convsplit
+    print(json.dumps(in_this_process(Namespace(**json.loads(sys.argv[1])))))

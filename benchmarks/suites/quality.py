@@ -1,55 +1,77 @@
 """As small as a quality allows: is the target held on inputs that nobody has seen, and how near is it to the best?
 
-    python benchmarks/quality.py NETWORKS.py [--depths 20 56] [--target agreement=0.98] [--inputs 768] [--sweep 0.02]
+    python -m benchmarks quality NETWORKS.py [--depths 20 56] [--target agreement=0.98] [--inputs 768] [--sweep 0.02]
 
-NETWORKS.py is as for accuracy.py. Two thirds of the inputs, from the training images and unlabelled, are for choice and
-repair, a third is held out. Prints one row per network and seed: what was found, the figure on the test images, the
-conversions and the seconds beside those of one calibrated conversion and, with --sweep, the least fraction of
-parameters with which a sweep of conversions in steps of that size, measured on the same held-out inputs, meets it too.
-Then every conversion's predicted drift beside the measured one.
+NETWORKS.py is as in benchmarks/subjects.py, without it the digits. Two thirds of the inputs, from the training images
+and unlabelled, are for choice and repair, a third is held out. One row per network and seed: what was found, the
+figure on the test images, the conversions and the seconds beside those of one calibrated conversion and, with
+--sweep, the least fraction of parameters with which a sweep of conversions in steps of that size, measured on the
+same held-out inputs, meets it too. Then every conversion's predicted drift beside the measured one.
 """
 
-import argparse
+from __future__ import annotations
+
+import sys
 import time
-from types import ModuleType
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 
 import torch
-from accuracy import load_networks  # its neighbour
 
 import convsplit
+from benchmarks.results import POINTS, Kind, Sheet
+from benchmarks.subjects import add_options, digits, load_networks
 from convsplit import Budget
 from convsplit.report.quality import HeldOut, wilson
 from convsplit.tables import Table, percent, share
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", metavar="NETWORKS.py")
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
+def options(parser: ArgumentParser) -> None:
+    add_options(parser)
     parser.add_argument("--target", default="agreement=0.98")
     parser.add_argument("--inputs", type=int, default=768)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sweep", type=float)
-    args = parser.parse_args()
+
+
+QUICK = {"inputs": 384}
+
+
+def measure(args: Namespace) -> Iterator[Sheet]:
     kind, value = args.target.split("=")
-    networks, rows, trials = load_networks(args.networks), [], []
-    for depth in args.depths:
+    networks = load_networks(args.networks) if args.networks else the_digits()
+    rows, trials = [], []
+    for depth in args.depths if args.networks else [14]:
         for seed in args.seeds:
             row, tried = measured(networks, depth, Budget.of_kind(kind, float(value)), args.inputs, seed, args.sweep)
-            rows.append([f"ResNet-{depth}", str(seed), *row])
-            trials += [[f"ResNet-{depth}", str(seed), *each] for each in tried]
-            print("|", " | ".join(rows[-1]), "|", flush=True)
+            name = f"ResNet-{depth}" if args.networks else "digits"
+            rows.append([name, str(seed), *row])
+            trials += [[name, str(seed), *each] for each in tried]
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     headings = [
         "network", "seed", "parameters kept", "held out", "on the test images", "their interval", "conversions",
         "seconds", "times one conversion", "best of a sweep",
     ]  # fmt: skip
-    print(f"\n{args.target}, {args.inputs} inputs, a third held out\n\n{Table(headings, rows).markdown()}\n")
+    kinds = {"parameters kept": SMALLER, "on the test images": POINTS, "conversions": Kind("lower", absolute=1.0)}
+    notes = f"{args.target}, {args.inputs} inputs, a third held out"
+    yield Sheet("quality", Table(headings, rows, frozenset({"network"})), ["network", "seed"], kinds, notes)
     headings = ["network", "seed", "fraction", "predicted drift", "measured, repaired", "their ratio", "lost"]
-    print(Table(headings, trials).markdown())
+    yield Sheet("trials", Table(headings, trials, frozenset({"network"})), ["network", "seed", "fraction"])
+
+
+SMALLER = Kind("lower", absolute=5.0)  # per cent of the parameters: one held-out input more or less moves the search
+
+
+def the_digits() -> SimpleNamespace:
+    """The network of the digits, 14 convolutions deep, and its images, as a file of networks has them."""
+    subject = digits()
+    data = (subject.unlabelled, None, subject.images, subject.labels)
+    return SimpleNamespace(resnet=lambda depth: subject.model, cifar10=lambda: data)
 
 
 def measured(
-    networks: ModuleType, depth: int, budget: Budget, inputs: int, seed: int, sweep: float | None
+    networks: ModuleType | SimpleNamespace, depth: int, budget: Budget, inputs: int, seed: int, sweep: float | None
 ) -> tuple[list[str], list[list[str]]]:
     """The row of one search, and one for each of its conversions."""
     model = networks.resnet(depth)
@@ -93,7 +115,3 @@ def best_of_a_sweep(
         best, misses = (fraction, 0) if met else (best, misses + 1)
         fraction -= step
     return best
-
-
-if __name__ == "__main__":
-    main()

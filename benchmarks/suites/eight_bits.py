@@ -1,28 +1,31 @@
 """Eight bits after splitting: accuracy and milliseconds of dense and converted networks, before and after quantisation.
 
-    python benchmarks/eight_bits.py NETWORKS.py [--depths 20 56] [--kept 0.5 0.25] [--images 2000]
+    python -m benchmarks eight_bits NETWORKS.py [--depths 20 56] [--kept 0.5 0.25] [--images 2000]
 
-NETWORKS.py as for benchmarks/accuracy.py. Static quantisation, per output channel, calibrated on 256 unlabelled
+NETWORKS.py as in benchmarks/subjects.py. Static quantisation, per output channel, calibrated on 256 unlabelled
 training images: `onnxruntime.quantization` (QDQ) for ONNX Runtime, NNCF for OpenVINO. Conversions are repaired with
 512. "ranges": what one scale for all channels has to bridge, the largest range of a channel that enters the depthwise
 stage over that of the median channel, of the median layer and of the worst. "equalised": these ranges made equal.
 """
 
-import argparse
+from __future__ import annotations
+
 import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from accuracy import load_networks
 from torch import Tensor, nn
 
 import convsplit
+from benchmarks.results import FASTER, SCORE, Sheet
+from benchmarks.subjects import load_networks
 from convsplit import Budget, SeparableConv2d
 from convsplit.measure.timing import milliseconds_in_turns
 from convsplit.runtimes import runtime_of
@@ -121,15 +124,19 @@ def spread(model: nn.Module, images: Tensor) -> str:
     return f"{median(found):.1f}, {max(found):.1f}" if found else ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("networks")
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--forms", nargs="+", help="only these")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--runtimes", nargs="+", default=list(QUANTISERS))
-    arguments = parser.parse_args()
+
+
+QUICK = {"depths": [20], "kept": [0.25], "images": 500, "runtimes": ["onnxruntime"]}
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -166,9 +173,7 @@ def main() -> None:
                         [f"ResNet-{depth}", name, kind, percent(right[0]), percent(right[1]), milliseconds(slow),
                          milliseconds(fast), f"{times[0] / fast:.2f}x", spread(models[kind], train[:CALIBRATION])]
                     )  # fmt: skip
-    headings = ["network", "runtime", "kept", "float32", "eight bits", "ms", "->", "than dense float32", "ranges"]
-    print(Table(headings, rows, frozenset({"network", "runtime", "kept"})).markdown())
-
-
-if __name__ == "__main__":
-    main()
+    keys = ["network", "runtime", "kept"]
+    headings = [*keys, "float32", "eight bits", "ms", "->", "than dense float32", "ranges"]
+    kinds = {"float32": SCORE, "eight bits": SCORE, "than dense float32": FASTER}
+    yield Sheet("eight bits", Table(headings, rows, frozenset(keys)), keys, kinds)

@@ -1,8 +1,8 @@
 """Every model of torchvision and one of every timm family, converted at full rank and compared with the original.
 
-    python benchmarks/zoo.py                # all; writes benchmarks/results/zoo.md
-    python benchmarks/zoo.py resnet18 ...   # some; prints
-    python benchmarks/zoo.py --repair       # instead: all up to 45 M parameters with rank 1, repaired on two images
+    python -m benchmarks zoo                # all
+    python -m benchmarks zoo resnet18 ...   # some
+    python -m benchmarks zoo --repair       # instead: all up to 45 M parameters with rank 1, repaired on two images
 
 Models are built without pretrained weights, in float64 (RAFT and Swin V2, which cast, in float32; for the repair all),
 batch-norm statistics and constant parameters drawn at random so that no layer is an identity or zero. Models above
@@ -15,10 +15,10 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import convsplit
+from benchmarks.clock import timed
+from benchmarks.results import Kind, Sheet
 from convsplit.model.graphs import trace
 from convsplit.model.guards import same_globals
 from convsplit.model.running import call
@@ -257,30 +259,39 @@ def is_repaired(name: str, largest: float) -> bool:
     return _is_run(_empty(name), largest)
 
 
-def repair_all(wanted: list[str]) -> None:
-    """Repair each of the models that are not too large, and print what came of it."""
+def repaired(wanted: list[str]) -> Iterator[list[str]]:
+    """Repair each of the models that are not too large."""
     for name in wanted:
         if is_repaired(name, LARGEST_IN_TESTS):
-            start = time.perf_counter()
-            layers = repair(name)
-            better = sum(layer.after < layer.before for layer in layers)
-            print(f"{name}: {better} of {len(layers)} layers better, {time.perf_counter() - start:.1f} s", flush=True)
+            work = timed(lambda: repair(name))  # noqa: B023
+            better = sum(layer.after < layer.before for layer in work.result)
+            yield [name, str(better), str(len(work.result)), f"{work.seconds:.1f}"]
 
 
-def main() -> None:
-    wanted = [name for name in sys.argv[1:] if name != "--repair"]
-    if "--repair" in sys.argv:
-        repair_all(wanted or names())
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("models", nargs="*", help="default: all of them")
+    parser.add_argument("--repair", action="store_true")
+
+
+QUICK = {"models": ["resnet18", "googlenet", "mobilenet_v3_small"]}
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
+    wanted = arguments.models or names()
+    if arguments.repair:
+        rows = [_shown(row) for row in repaired(wanted)]
+        yield Sheet("repaired", Table(["model", "layers better", "of", "s"], rows, frozenset({"model"})), ["model"])
         return
     results = []
-    for name in wanted or names():
+    for name in wanted:
         results.append(examine(name))
-        print(table(results[-1:]).text().splitlines()[-1], flush=True)
-    print(summary(results))
-    if not wanted:
-        heading = f"# The zoo at full rank\n\n`python benchmarks/zoo.py`, torch {torch.__version__}\n\n"
-        text = f"{heading}{summary(results)}\n\n{table(results).markdown()}\n"
-        (Path(__file__).parent / "results" / "zoo.md").write_text(text)
+        _shown(table(results[-1:]).rows[0])
+    yield Sheet("the zoo at full rank", table(results), ["model"], {"split": Kind("higher")}, summary(results))
+
+
+def _shown(row: Sequence[str]) -> Sequence[str]:
+    print(" | ".join(row), file=sys.stderr, flush=True)
+    return row
 
 
 # One of every family of timm 1.0.31: the smallest of some, with convolutions to split where the family has any.
@@ -301,6 +312,3 @@ swinv2_tiny_window16_256 tf_mobilenetv3_large_minimal_100 tiny_vit_5m_224 tnt_s_
 twins_svt_small vgg11 visformer_tiny vit_srelpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224
 vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
 """
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """CP of kernels: error against seconds for tensorly's parafac, tensorly-torch and convsplit, and whole conversions.
 
-    python benchmarks/factorisation.py [--networks NETWORKS.py] [--parts trained curve large whole widest alternatives]
+    python -m benchmarks factorisation [NETWORKS.py] [--parts trained curve large whole widest alternatives]
 
 trained   every 3 x 3 layer shape of the trained networks at a half and a quarter of its parameters: relative error of
           parafac (500 iterations, best of 3 starts), of the two SVD forms and of convsplit, at equal parameters
@@ -10,22 +10,24 @@ whole     convert(resnet50) and convert(vgg16) at half the parameters, random we
 alternatives  other structures of few parameters, and CP, all fitted in the same way: L-BFGS, best of 3 random starts
 widest    2048 x 2048 x 3 x 3 at R = 1024: seconds and the peak of memory
 
-NETWORKS.py as for benchmarks/accuracy.py. Prints Markdown.
+NETWORKS.py as in benchmarks/subjects.py.
 """
 
-import argparse
+from __future__ import annotations
+
 import resource
-import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from math import prod
 
-import tensorly as tl
 import torch
-from accuracy import load_networks
-from tensorly.decomposition import parafac
 from torch import Tensor, nn
 
 import convsplit
+from benchmarks.baselines.tensors import parafac_error
+from benchmarks.clock import timed
+from benchmarks.results import ERROR, FASTER, Sheet
+from benchmarks.subjects import add_options, subjects
 from convsplit.forms import FORMS
 from convsplit.lowrank import cp, cp_curve
 from convsplit.spec import ConvSpec
@@ -34,29 +36,33 @@ from convsplit.tables import Table
 STARTS, ITERATIONS = 3, 500
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", help="a file with trained networks")
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
-    parser.add_argument(
-        "--parts", nargs="+", default=["trained", "curve", "large", "whole", "widest", "alternatives"]
-    )
-    arguments = parser.parse_args()
-    parts: dict[str, Callable[[argparse.Namespace], Table]] = {
+def options(parser: ArgumentParser) -> None:
+    add_options(parser)
+    parser.add_argument("--parts", nargs="+", default=list(parts()), choices=list(parts()))
+
+
+QUICK = {"parts": ["trained", "curve"], "depths": [20]}
+
+
+def parts() -> dict[str, Callable[[Namespace], Sheet]]:
+    return {
         "trained": trained, "curve": curve, "large": large, "whole": whole, "widest": widest,
         "alternatives": alternatives,
     }  # fmt: skip
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
     for name in arguments.parts:
-        print(f"## {name}\n\n{parts[name](arguments).markdown()}\n", flush=True)
+        yield parts()[name](arguments)
 
 
-def kernels(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Conv2d]]:
+def kernels(arguments: Namespace) -> Iterator[tuple[str, nn.Conv2d]]:
     """The first and the last trained layer of every shape."""
-    for depth in arguments.depths:
+    for subject in subjects(arguments):
         layers: dict[torch.Size, list[tuple[str, nn.Conv2d]]] = {}
-        for name, module in load_networks(arguments.networks).resnet(depth).named_modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                layers.setdefault(module.weight.shape, []).append((f"ResNet-{depth} {name}", module))
+        for name, module in subject.model.named_modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.in_channels > 1:
+                layers.setdefault(module.weight.shape, []).append((f"{subject.name} {name}", module))
         for each in layers.values():
             yield from dict.fromkeys([each[0], each[-1]])
 
@@ -67,24 +73,7 @@ def rank_of(spec: ConvSpec, kept: float) -> int:
     return max(1, int(kept * O * I * K / (O + I + K)))
 
 
-def timed(run: Callable[[], object]) -> tuple[float, object]:
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
-
-
-def parafac_error(kernel: Tensor, rank: int, *, starts: int, iterations: int) -> float:
-    """The relative error of tensorly's parafac from the best of some starts: the first by SVD, the others random."""
-    errors = []
-    with tl.backend_context("pytorch"):
-        for seed in range(starts):
-            init = "svd" if seed == 0 else "random"
-            fit = parafac(kernel, rank, n_iter_max=iterations, init=init, tol=1e-9, random_state=seed)
-            errors.append(float((tl.cp_to_tensor(fit) - kernel).norm() / kernel.norm()))
-    return min(errors)
-
-
-def trained(arguments: argparse.Namespace) -> Table:
+def trained(arguments: Namespace) -> Sheet:
     rows = []
     for name, conv in kernels(arguments):
         spec = ConvSpec.of(conv)
@@ -96,32 +85,36 @@ def trained(arguments: argparse.Namespace) -> Table:
             for form in (FORMS["dw-pw"], FORMS["pw-dw"]):
                 components = params // form.params(spec, 1)
                 svd.append(form.curve(kernel[None], [components]).errors[0] if components else 1.0)
-            slow, theirs = timed(lambda: parafac_error(kernel, rank, starts=STARTS, iterations=ITERATIONS))  # noqa: B023
-            fast, ours = timed(lambda: cp(kernel[None], rank).error)  # noqa: B023
+            slow = timed(lambda: parafac_error(kernel, rank, starts=STARTS, iterations=ITERATIONS))  # noqa: B023
+            fast = timed(lambda: cp(kernel[None], rank).error)  # noqa: B023
+            theirs, ours = slow.result, fast.result
             rows.append(
                 [name, "x".join(map(str, conv.weight.shape)), f"{kept:g}", str(rank), *(f"{e:.4f}" for e in svd),
-                 f"{theirs:.4f}", f"{ours:.4f}", f"{ours / theirs - 1:+.2%}", f"{slow:.1f}", f"{fast:.2f}"]
+                 f"{theirs:.4f}", f"{ours:.4f}", f"{ours / theirs - 1:+.2%}", f"{slow.cpu:.2f}", f"{fast.cpu:.2f}"]
             )  # fmt: skip
-    headings = ["layer", "kernel", "kept", "R", "dw-pw", "pw-dw", "parafac", "convsplit", "difference", "s", "s "]
-    return Table(headings, rows, frozenset({"layer", "kernel"}))
+    headings = [
+        "layer", "kernel", "kept", "R", "dw-pw", "pw-dw", "parafac", "convsplit", "difference", "parafac CPU s",
+        "convsplit CPU s",
+    ]  # fmt: skip
+    kinds = dict.fromkeys(["dw-pw", "pw-dw", "convsplit"], ERROR)
+    return Sheet("trained", Table(headings, rows, frozenset({"layer", "kernel"})), ["layer", "kept"], kinds)
 
 
 KEPT = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
 
 
-def curve(arguments: argparse.Namespace) -> Table:
+def curve(arguments: Namespace) -> Sheet:
     rows = []
     for name, conv in kernels(arguments):
         kernel = conv.weight.detach().flatten(2)[None]
         ranks = [rank_of(ConvSpec.of(conv), kept) for kept in KEPT]
-        start = time.perf_counter()
-        predicted = cp_curve(kernel, ranks).errors
-        seconds = time.perf_counter() - start
+        work = timed(lambda: cp_curve(kernel, ranks).errors)  # noqa: B023
+        predicted, seconds = work.result, work.seconds
         off = [p / cp(kernel, rank).error - 1 for p, rank in zip(predicted, ranks, strict=True)]
         shape = "x".join(map(str, conv.weight.shape))
         rows.append([name, shape, *(f"{each:+.1%}" for each in off), f"{seconds:.2f}"])
     headings = ["layer", "kernel", *(f"{kept:.0%}" for kept in KEPT), "s"]
-    return Table(headings, rows, frozenset({"layer", "kernel"}))
+    return Sheet("curve", Table(headings, rows, frozenset({"layer", "kernel"})), ["layer"])
 
 
 def synthetic(out_channels: int, in_channels: int) -> Tensor:
@@ -134,30 +127,24 @@ def synthetic(out_channels: int, in_channels: int) -> Tensor:
     return kernel / kernel.norm() + 0.3 * torch.randn_like(kernel) / kernel.numel() ** 0.5
 
 
-def large(arguments: argparse.Namespace) -> Table:
+def large(arguments: Namespace) -> Sheet:
     kernel, rank = synthetic(512, 512), 516
     rows = []
     for iterations in (10, 25):
-        slow, theirs = timed(lambda: parafac_error(kernel, rank, starts=1, iterations=iterations))  # noqa: B023
+        slow = timed(lambda: parafac_error(kernel, rank, starts=1, iterations=iterations))  # noqa: B023
         for sweeps in range(1, 60):
-            fast, fit = timed(lambda: cp(kernel[None], rank, iterations=sweeps, tolerance=0))  # noqa: B023
-            if fit.error <= theirs:  # type: ignore[attr-defined]
+            fast = timed(lambda: cp(kernel[None], rank, iterations=sweeps, tolerance=0))  # noqa: B023
+            if fast.result.error <= slow.result:
                 break
-        rows.append(
-            [
-                f"parafac, {iterations} iterations",
-                f"{theirs:.4f}",
-                f"{slow:.1f}",
-                f"{fast:.1f}",
-                f"{slow / fast:.0f}x",
-            ]
-        )
+        named = f"parafac, {iterations} iterations"
+        figures = [f"{slow.result:.4f}", f"{slow.seconds:.1f}", f"{fast.seconds:.1f}"]
+        rows.append([named, *figures, f"{slow.seconds / fast.seconds:.0f}x"])
     rows.append(_tensorly_torch(kernel, rank))
-    seconds, fit = timed(lambda: cp(kernel[None], rank))
-    rows.append(["convsplit, its own stop", f"{fit.error:.4f}", f"{seconds:.1f}", "", ""])  # type: ignore[attr-defined]
-    return Table(
-        ["512x512x3x3, R = 516", "error", "s", "convsplit s", "faster"], rows, frozenset({"512x512x3x3, R = 516"})
-    )
+    own = timed(lambda: cp(kernel[None], rank))
+    rows.append(["convsplit, its own stop", f"{own.result.error:.4f}", f"{own.seconds:.1f}", "", ""])
+    first = "512x512x3x3, R = 516"
+    table = Table([first, "error", "s", "convsplit s", "faster"], rows, frozenset({first}))
+    return Sheet("large", table, [first], {"error": ERROR, "faster": FASTER})
 
 
 def _tensorly_torch(kernel: Tensor, rank: int) -> list[str]:
@@ -169,39 +156,39 @@ def _tensorly_torch(kernel: Tensor, rank: int) -> list[str]:
     with torch.no_grad():
         conv.weight.copy_(kernel.reshape(512, 512, 3, 3))
     try:
-        slow, factorised = timed(
+        work = timed(
             lambda: tltorch.FactorizedConv.from_conv(
                 conv, rank=rank, factorization="cp", decompose_weights=True, decomposition_kwargs={"n_iter_max": 10}
             )
         )
-        found = factorised.weight.to_tensor()  # type: ignore[attr-defined]
+        found = work.result.weight.to_tensor()
     except Exception as error:  # whatever it is, it is the figure
         return ["tensorly-torch, 4-way CP", f"{type(error).__name__}: {str(error)[:60]}", "", "", ""]
     miss = float((found - conv.weight).norm() / conv.weight.norm())
-    return ["tensorly-torch, 4-way CP, 10 iterations", f"{miss:.4f}", f"{slow:.1f}", "", ""]
+    return ["tensorly-torch, 4-way CP, 10 iterations", f"{miss:.4f}", f"{work.seconds:.1f}", "", ""]
 
 
-def whole(arguments: argparse.Namespace) -> Table:
+def whole(arguments: Namespace) -> Sheet:
     import torchvision
 
     rows = []
     for name, wanted in (("resnet18", ""), ("resnet50", "10"), ("vgg16", "20")):
         model = torchvision.models.get_model(name, weights=None).eval()
-        seconds = sorted(timed(lambda: convsplit.convert(model))[0] for _ in range(3))  # noqa: B023
+        seconds = sorted(timed(lambda: convsplit.convert(model)).seconds for _ in range(3))  # noqa: B023
         rows.append([name, f"{seconds[1]:.1f}", f"{seconds[0]:.1f}", f"{seconds[2]:.1f}", wanted])
-    return Table(
-        ["convert, params=0.5, no data", "median s", "least", "most", "wanted"], rows, frozenset({"convert"})
-    )
+    first = "convert, params=0.5, no data"
+    return Sheet("whole", Table([first, "median s", "least", "most", "wanted"], rows, frozenset({first})), [first])
 
 
-def widest(arguments: argparse.Namespace) -> Table:
+def widest(arguments: Namespace) -> Sheet:
     conv = nn.Conv2d(2048, 2048, 3, bias=False)
-    seconds, layer = timed(lambda: convsplit.SeparableConv2d.from_conv(conv, form="pw-dw-pw", rank=1024))
+    work = timed(lambda: convsplit.SeparableConv2d.from_conv(conv, form="pw-dw-pw", rank=1024))
     with torch.no_grad():
-        miss = float((layer.weight - conv.weight).norm() / conv.weight.norm())  # type: ignore[attr-defined]
+        miss = float((work.result.weight - conv.weight).norm() / conv.weight.norm())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    row = ["2048x2048x3x3, R = 1024", f"{miss:.4f}", f"{seconds:.1f}", f"{peak:.1f}"]
-    return Table(["random kernel", "error", "s", "peak GB, whole process"], [row], frozenset({"random kernel"}))
+    row = ["2048x2048x3x3, R = 1024", f"{miss:.4f}", f"{work.seconds:.1f}", f"{peak:.1f}"]
+    table = Table(["random kernel", "error", "s", "peak GB, whole process"], [row], frozenset({"random kernel"}))
+    return Sheet("widest", table, ["random kernel"], {"error": ERROR})
 
 
 # Factors as einsum, terms added up: o, i and k are the kernel's, h and w its rows and columns, j is 2 and r as large as
@@ -217,7 +204,7 @@ STRUCTURES = {
 SUM = {"sum of dw-pw and pw-dw": ["oi,ki->oik", "oi,ko->oik"]}  # each of multiplier 1: of one size only
 
 
-def alternatives(arguments: argparse.Namespace) -> Table:
+def alternatives(arguments: Namespace) -> Sheet:
     """Errors at equal parameters."""
     rows = []
     for name, conv in kernels(arguments):
@@ -237,7 +224,9 @@ def alternatives(arguments: argparse.Namespace) -> Table:
                 [name, f"{params / weight.numel():.2f}", label, f"{error:.4f}", f"{error / errors[CP] - 1:+.1%}"]
                 for label, error in errors.items()
             ]
-    return Table(["layer", "kept", "structure", "error", "against CP"], rows, frozenset({"layer", "structure"}))
+    keys = ["layer", "kept", "structure"]
+    table = Table([*keys, "error", "against CP"], rows, frozenset({"layer", "structure"}))
+    return Sheet("alternatives", table, keys, {"error": ERROR})
 
 
 def fitted(weight: Tensor, terms: list[str], sizes: dict[str, int], params: int) -> float:
@@ -267,7 +256,3 @@ def missed(target: Tensor, terms: list[str], factors: list[list[Tensor]], leaves
     for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
         leaf.grad = gradient.contiguous()
     return loss.detach()
-
-
-if __name__ == "__main__":
-    main()

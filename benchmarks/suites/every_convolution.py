@@ -1,15 +1,16 @@
 """Convolutions of other kinds on trained networks: an autoencoder that upsamples, and a network that listens.
 
-    python benchmarks/every_convolution.py
+    python -m benchmarks every_convolution
 
 Trains both in a few minutes of one core, on data that need no download: the digits of scikit-learn, and sounds that are
-synthesised. Then converts them at several budgets, as they are and repaired by `refit` with 256 unlabelled inputs, and
-prints a Markdown table. Figures are of inputs that neither training nor repair has seen.
+synthesised. Then converts them at several budgets, as they are and repaired by `refit` with 256 unlabelled inputs.
+Figures are of inputs that neither training nor repair has seen.
 """
 
 from __future__ import annotations
 
-import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 
 import torch
 from sklearn.datasets import load_digits
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convsplit
+from benchmarks.clock import timed
+from benchmarks.results import ERROR, Sheet
 from convsplit import Budget
+from convsplit.tables import Table
 
 BUDGETS = (0.5, 0.25, 0.125)
 CALIBRATION = 256
@@ -86,35 +90,37 @@ def score(model: nn.Module, x: Tensor, targets: Tensor) -> str:
     return f"{float((answers.argmax(1) == targets).float().mean()):.3f}"
 
 
-def measure(name: str, model: nn.Module, seen: Tensor, x: Tensor, targets: Tensor) -> None:
-    print(f"| {name} | 1 | {score(model, x, targets)} | | |", flush=True)
+def rows_of(name: str, model: nn.Module, seen: Tensor, x: Tensor, targets: Tensor) -> Iterator[list[str]]:
+    """The dense network, and its conversions."""
+    yield [name, "1", score(model, x, targets), "", "", "", ""]
     data = list(seen[:CALIBRATION].split(64))
     plain, informed = convsplit.study(model, x[:1]), convsplit.study(model, calibration=data)
     for fraction in BUDGETS:
-        budget = Budget(params=fraction)
-        without = plain.convert(budget)
-        began = time.process_time()
-        repaired = informed.convert(budget)
-        took = time.process_time() - began
-        drifts = [convsplit.compare(each, model, x).drift.relative for each in (without, repaired)]
-        print(
-            f"| | {fraction:g} | {score(without, x, targets)}, drift {drifts[0]:.3f} | {score(repaired, x, targets)}, "
-            f"drift {drifts[1]:.3f} | {took:.1f} |",
-            flush=True,
-        )
+        without = plain.convert(Budget(params=fraction))
+        work = timed(lambda: informed.convert(Budget(params=fraction)))  # noqa: B023
+        figures = []
+        for each in (without, work.result):
+            figures += [score(each, x, targets), f"{convsplit.compare(each, model, x).drift.relative:.3f}"]
+        yield [name, f"{fraction:g}", *figures, f"{work.cpu:.1f}"]
 
 
-def main() -> None:
-    print("| network | parameters kept | no data | refit | CPU s |\n|:---|---:|:---|:---|---:|")
-    images = digits()
-    model: nn.Module = autoencoder()
-    train(model, images[:1300], images[:1300], epochs=40)
-    measure("autoencoder, variance given back", model, images[:1300], images[1300:], images[1300:])
-    (x, labels), (held_out, answers) = sounds(4096, 0), sounds(1000, 1)
-    model = listener()
-    train(model, x, labels, epochs=6)
-    measure("listener, accuracy", model, x, held_out, answers)
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=int, nargs=2, default=[40, 6], help="of the autoencoder and the listener")
 
 
-if __name__ == "__main__":
-    main()
+QUICK = {"epochs": [4, 1]}
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
+    images, (x, labels), (held_out, answers) = digits(), sounds(4096, 0), sounds(1000, 1)
+    painter, hearer = autoencoder(), listener()
+    train(painter, images[:1300], images[:1300], arguments.epochs[0])
+    train(hearer, x, labels, arguments.epochs[1])
+    rows = [
+        *rows_of("autoencoder, variance given back", painter, images[:1300], images[1300:], images[1300:]),
+        *rows_of("listener, accuracy", hearer, x, held_out, answers),
+    ]
+    keys = ["network", "parameters kept"]
+    headings = [*keys, "no data", "its drift", "refit", "drift of that", "CPU s"]
+    kinds = {"its drift": ERROR, "drift of that": ERROR}
+    yield Sheet("every convolution", Table(headings, rows, frozenset({"network"})), keys, kinds)

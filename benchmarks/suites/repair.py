@@ -1,27 +1,31 @@
 """What repair costs, as a multiple of one forward pass of both models over its batches, for models of several kinds.
 
-    python benchmarks/repair_speed.py [--cases resnet18 yolo recogniser detection] [--threads 2] [--rounds 3] [--busy]
+    python -m benchmarks repair [--cases resnet18 yolo recogniser detection] [--threads 2] [--rounds 3] [--busy]
 
 Each case gives a model and batches. Its convolutions become CP forms of rank 64 without data (which is quick); then
-one forward pass of both models and `refit` are timed in turn, and medians printed as rows of a Markdown table.
+one forward pass of both models and `refit` are timed in turn, and medians told.
 `PYTHONPATH` of another commit measures that one.
 """
 
-import argparse
+from __future__ import annotations
+
 import copy
 import statistics
 import subprocess
 import sys
-import time
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import convsplit
+from benchmarks.clock import timed
+from benchmarks.results import MULTIPLE, Sheet
+from convsplit.tables import Table
 
 Case = Callable[[], tuple[nn.Module, list[Any]]]
 
@@ -127,23 +131,30 @@ def detection() -> tuple[nn.Module, list[Any]]:
 CASES: dict[str, Case] = {"resnet18": resnet18, "yolo": yolo, "recogniser": recogniser, "detection": detection}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", action="store_true", help="with another process that keeps one core busy")
-    arguments = parser.parse_args()
+
+
+QUICK = {"cases": ["recogniser"], "threads": 1, "rounds": 1}
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
-    print("| case | forward pass of both (s) | refit (s) | multiple |\n| :--- | ---: | ---: | ---: |")
-    with another_process() if arguments.busy else nothing():
+    rows = []
+    with another_process() if arguments.busy else nullcontext():
         for name in arguments.cases:
-            passes, repairs = measure(*CASES[name](), arguments.rounds)
-            print(f"| {name} | {passes:.1f} | {repairs:.1f} | {repairs / passes:.1f} |", flush=True)
+            passes, repairs = medians(*CASES[name](), arguments.rounds)
+            rows.append([name, f"{passes:.1f}", f"{repairs:.1f}", f"{repairs / passes:.1f}"])
+            print(rows[-1], file=sys.stderr, flush=True)
+    table = Table(["case", "forward pass of both (s)", "refit (s)", "multiple"], rows, frozenset({"case"}))
+    yield Sheet("repair", table, ["case"], {"multiple": MULTIPLE})
 
 
-def measure(model: nn.Module, batches: list[Any], rounds: int) -> tuple[float, float]:
+def medians(model: nn.Module, batches: list[Any], rounds: int) -> tuple[float, float]:
     """Medians of the seconds that one forward pass of both models and a repair take."""
     torch.manual_seed(0)
     if all(isinstance(batch, Tensor) for batch in batches):
@@ -154,16 +165,16 @@ def measure(model: nn.Module, batches: list[Any], rounds: int) -> tuple[float, f
     passes, repairs = [], []
     for _ in range(rounds):
         twin = copy.deepcopy(converted)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            for batch in batches:
-                for each in (model, twin):
-                    each(*batch) if isinstance(batch, tuple) else each(batch)
-        passes.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        convsplit.refit(twin, model, batches)
-        repairs.append(time.perf_counter() - start)
+        passes.append(timed(lambda: run_both(model, twin, batches)).seconds)  # noqa: B023
+        repairs.append(timed(lambda: convsplit.refit(twin, model, batches)).seconds)  # noqa: B023
     return statistics.median(passes), statistics.median(repairs)
+
+
+@torch.inference_mode()
+def run_both(model: nn.Module, twin: nn.Module, batches: list[Any]) -> None:
+    for batch in batches:
+        for each in (model, twin):
+            each(*batch) if isinstance(batch, tuple) else each(batch)
 
 
 @contextmanager
@@ -175,12 +186,3 @@ def another_process() -> Iterator[None]:
             yield
         finally:
             process.kill()
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,28 @@
 """Accuracy that trained networks keep after conversion, without data and with label-free repair; no training at all.
 
-    python benchmarks/accuracy.py NETWORKS.py [--depths 20 56] [--kept 0.5 0.25 0.125] [--images 512] [--ways ...]
+    python -m benchmarks accuracy [NETWORKS.py] [--depths 20 56] [--kept 0.5 0.25 0.125] [--images 512] [--ways ...]
 
-NETWORKS.py defines `resnet(depth)`, a trained network in eval mode, and `cifar10()`, which returns training images and
-labels, test images and labels. Prints a Markdown table: points of test accuracy lost against the dense network, top-1
-agreement with it and relative drift of the logits, on the test images. A seed chooses the calibration images.
+NETWORKS.py as in benchmarks/subjects.py; without it the network of the digits. Test accuracy with its 95 % interval,
+points lost against the dense network, top-1 agreement with it and relative drift of the logits, on the test images. A
+seed chooses the calibration images.
 """
 
-import argparse
-import importlib.util
-import time
-from collections.abc import Callable
-from types import ModuleType
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import convsplit
+from benchmarks.clock import timed
+from benchmarks.figures import QUALITY, compared
+from benchmarks.results import Sheet
+from benchmarks.subjects import add_options, answers, subjects
 from convsplit import Budget
 from convsplit.tables import Table
 
@@ -44,6 +48,14 @@ def allocated(model: nn.Module, image: Tensor, data: list[Tensor], kept: float, 
 
 def refitted(model: nn.Module, image: Tensor, data: list[Tensor], kept: float, seed: int) -> nn.Module:
     return convsplit.convert(model, image, budget=Budget(params=kept), calibration=data, seed=seed)
+
+
+def distilled(
+    model: nn.Module, image: Tensor, data: list[Tensor], kept: float, seed: int, seconds: float
+) -> nn.Module:
+    converted = refitted(model, image, data, kept, seed)
+    convsplit.distill(converted, model, data, epochs=10_000, seconds=seconds, seed=seed)
+    return converted
 
 
 def equal_refitted(model: nn.Module, image: Tensor, data: list[Tensor], kept: float, seed: int) -> nn.Module:
@@ -89,53 +101,31 @@ WAYS: dict[str, Way] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks")
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
+def options(parser: ArgumentParser) -> None:
+    add_options(parser)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25, 0.125])
     parser.add_argument("--images", type=int, nargs="+", default=[512])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    arguments = parser.parse_args()
-    networks = load_networks(arguments.networks)
-    train_x, _, test_x, test_y = networks.cifar10()
+    parser.add_argument("--seconds", type=float, default=300, help="of distillation")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=[*WAYS, DISTILLED])
+
+
+QUICK = {"kept": [0.25], "images": [256], "ways": ["no data", "calibrated and refitted"]}
+DISTILLED = "calibrated, refitted and distilled"
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
     rows = []
-    for depth in arguments.depths:
-        model = networks.resnet(depth)
-        for kept in arguments.kept:
-            for way in arguments.ways:
-                for images in arguments.images:
-                    for seed in arguments.seeds:
-                        start = time.perf_counter()
-                        order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
-                        data = list(train_x[order[:images]].split(64))
-                        converted = WAYS[way](model, test_x[:1], data, kept, seed)
-                        seconds = time.perf_counter() - start
-                        figures = measure(model, converted, test_x, test_y)
-                        rows.append([f"ResNet-{depth}", f"{kept:g}", way, str(images), str(seed), *figures,
-                                     f"{seconds:.0f}"])  # fmt: skip
-                        Console(stderr=True).print(rows[-1])
-    headings = ["network", "kept", "way", "images", "seed", "points lost", "agreement", "drift", "seconds"]
-    print(Table(headings, rows, frozenset({"network", "way"})).markdown())
-
-
-def load_networks(path: str) -> ModuleType:
-    """The module that defines the networks and their images."""
-    spec = importlib.util.spec_from_file_location("networks", path)
-    networks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(networks)
-    return networks
-
-
-def measure(model: nn.Module, converted: nn.Module, images: Tensor, labels: Tensor) -> list[str]:
-    with torch.inference_mode():
-        before, after = model(images), converted(images)
-    lost = (before.argmax(1) == labels).float().mean() - (after.argmax(1) == labels).float().mean()
-    agreement = (before.argmax(1) == after.argmax(1)).float().mean()
-    drift = (after - before).norm() / before.norm()
-    return [f"{100 * lost:.2f}", f"{100 * agreement:.1f} %", f"{drift:.3f}"]
-
-
-if __name__ == "__main__":
-    main()
+    for subject in subjects(arguments):
+        dense = answers(subject.model, subject.images)
+        for kept, way, images, seed in product(arguments.kept, arguments.ways, arguments.images, arguments.seeds):
+            data = subject.calibration(images, seed)
+            convert = partial(distilled, seconds=arguments.seconds) if way == DISTILLED else WAYS[way]
+            work = timed(lambda: convert(subject.model, subject.images[:1], data, kept, seed))  # noqa: B023
+            figures = compared(dense, answers(work.result, subject.images), subject.labels)
+            shown = figures.cells()
+            rows.append([subject.name, f"{kept:g}", way, str(images), str(seed), *shown, f"{work.seconds:.0f}"])
+            print(rows[-1], file=sys.stderr, flush=True)
+    keys = ["network", "kept", "way", "images", "seed"]
+    headings = [*keys, *QUALITY, "seconds"]
+    yield Sheet("accuracy", Table(headings, rows, frozenset({"network", "way"})), keys, QUALITY)

@@ -1,34 +1,36 @@
 """The way back to full accuracy: repair, block reconstruction and distillation without labels, against training anew.
 
-    python benchmarks/finetuning.py NETWORKS.py [--depths 20 56] [--kept 0.25 0.125] [--seeds 0] [--seconds 300]
-    python benchmarks/finetuning.py             # only the table and the picture of what was run before
+    python -m benchmarks finetuning NETWORKS.py [--depths 20 56] [--kept 0.25 0.125] [--seeds 0] [--seconds 300]
+    python -m benchmarks finetuning             # only the table and the picture of what was run before
 
-NETWORKS.py as for benchmarks/accuracy.py. Every way starts from the same refitted network and may use `--seconds`;
+NETWORKS.py as in benchmarks/subjects.py. Every way starts from the same refitted network and may use `--seconds`;
 training from scratch gets the same architecture, the labels and the same time. Every result is kept in
 results/finetuning.json at once, so a run may be stopped and continued, and several may run side by side.
 """
 
-import argparse
+from __future__ import annotations
+
 import copy
 import json
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from accuracy import load_networks, measure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convsplit
+from benchmarks.figures import compared
+from benchmarks.results import ERROR, POINTS, STORED, Sheet
+from benchmarks.subjects import ROOT, answers, load_networks
 from convsplit import Budget
 from convsplit.finetune.reconstruction import schedule
 from convsplit.tables import Table
 
-ROOT = Path(__file__).parent
-RESULTS, PICTURE = ROOT / "results" / "finetuning.json", ROOT.parent / "docs" / "images" / "finetuning.png"
+RESULTS, PICTURE = STORED / "finetuning.json", ROOT / "docs" / "images" / "finetuning.png"
 WAYS = [
     "converted, no data", "refitted", "refitted, reconstructed", "refitted, distilled",
     "refitted, reconstructed, distilled", "in two steps", "from scratch, labels",
@@ -133,12 +135,13 @@ def ways(
         yield "from scratch, labels", from_scratch(refitted, images, labels, seconds, seed), since(start), None
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Namespace) -> None:
     """Measure what was asked for and is not known yet."""
     train_x, train_y, test_x, test_y = (networks := load_networks(arguments.networks)).cifar10()
     train_x, train_y = train_x[: arguments.images], train_y[: arguments.images]
     for depth in arguments.depths:
         model = networks.resnet(depth)
+        dense = answers(model, test_x)
         for kept in arguments.kept:
             for seed in arguments.seeds:
                 case = f"ResNet-{depth}", kept, seed
@@ -148,10 +151,11 @@ def run(arguments: argparse.Namespace) -> None:
                 for way, network, seconds, course in ways(
                     model, kept, seed, train_x, train_y, wanted, arguments.seconds
                 ):
-                    lost, agreement, drift = measure(model, network, test_x, test_y)
+                    quality = compared(dense, answers(network, test_x), test_y)
                     result = {
-                        "network": case[0], "kept": kept, "seed": seed, "way": way, "lost": float(lost),
-                        "agreement": float(agreement.rstrip(" %")), "drift": float(drift), "seconds": round(seconds),
+                        "network": case[0], "kept": kept, "seed": seed, "way": way, "seconds": round(seconds),
+                        "lost": round(quality.points, 2), "agreement": round(quality.same, 1),
+                        "drift": round(quality.moved, 3),
                         "threads": torch.get_num_threads(),
                     }  # fmt: skip
                     if course is not None:
@@ -228,8 +232,7 @@ def picture(results: list[dict[str, Any]]) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("networks", nargs="?", help="a file with trained networks; without, nothing is run")
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.25, 0.125])
@@ -237,13 +240,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    arguments = parser.parse_args()
+
+
+QUICK = {"networks": None}  # the table of what was run before
+
+
+def measure(arguments: Namespace) -> Iterator[Sheet]:
     if arguments.networks:
         run(arguments)
     results = known()
-    print(table(results).markdown())
-    picture(results)
-
-
-if __name__ == "__main__":
-    main()
+    if not arguments.quick:
+        picture(results)
+    yield Sheet("finetuning", table(results), ["network", "kept", "way"], {"points lost": POINTS, "drift": ERROR})

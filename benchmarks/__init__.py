@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks --list` names the suites, `python -m benchmarks NAME` runs one."""
