@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -152,3 +154,32 @@ def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -scale * norm.running_mean
     return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def fold_batch_norm(is_qat: bool, layer: SeparableConv, norm: nn.Module, *activation: nn.Module) -> nn.Module:
+    """What `torch.ao.quantization.fuse_modules` calls for a split layer: a copy with the batch norm in its last stage.
+
+    Raises:
+        NotImplementedError: for quantisation-aware training, which keeps batch norm apart from one convolution.
+    """
+    if is_qat or norm.training:
+        raise NotImplementedError(
+            f"the batch norm behind a {type(layer).__name__} can be fused in eval mode alone: call model.eval() and "
+            "fuse_modules, or convsplit.for_inference, before preparing; the stages are then convolutions like others"
+        )
+    assert isinstance(norm, _NORMS)
+    layer = copy.deepcopy(layer)
+    layer.absorb(*_affine(norm))
+    return nn.Sequential(layer, *activation) if activation else layer
+
+
+def _register_fuser() -> None:
+    """Make eager-mode quantisation know split layers, where torch has loaded that with itself."""
+    mappings = sys.modules.get("torch.ao.quantization.fuser_method_mappings")
+    for (axes, _), kind in SEPARABLE.items():
+        norm = _NORMS[axes - 1]
+        for sequence in ((kind, norm), (kind, norm, nn.ReLU)):
+            getattr(mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {}).setdefault(sequence, fold_batch_norm)
+
+
+_register_fuser()

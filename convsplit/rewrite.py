@@ -12,6 +12,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.data.moments import Marginals
@@ -37,6 +38,7 @@ _CARRIED = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+_REBUILDING = ("reparameterize", "switch_to_deploy", "fuse_convs")  # of timm, of RepVGG's own code, of ultralytics
 _LEFT_BEHIND = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
@@ -79,7 +81,8 @@ def apply_plan(
         hooks and attributes of those layers go along.
 
     Warns:
-        ConversionWarning: a replaced layer has hooks that cannot be carried over (backward and state_dict hooks).
+        ConversionWarning: a replaced layer has hooks that cannot be carried over (backward and state_dict hooks), or is
+            part of a block that a method of its own would rebuild as one dense convolution (RepVGG's `reparameterize`).
 
     Raises:
         ValueError: a layer of the plan is missing in the model, has other numbers there, or cannot be split.
@@ -108,6 +111,7 @@ def apply_plan(
             factorise, list(replacements), "Factorising", alike=lambda name: _kind(replacements[name]),
             size=lambda name: originals[name].conv.weight.numel(), progress=progress,
         )  # fmt: skip
+    _warn_of_rebuilding(model, set(replacements))
     return copy_with(model, replacements)
 
 
@@ -215,6 +219,31 @@ def _warn_of_closures(model: nn.Module, copied: nn.Module) -> None:
     if found:
         text = f"functions that hold on to parts of the original model, and go on using those: {', '.join(found)}"
         warn(text)
+
+
+def _warn_of_rebuilding(model: nn.Module, split: set[str]) -> None:
+    """Name blocks that are still to be made one convolution: that is built anew from the kernels, and dense.
+
+    Where batch norm is left in them it has not been done yet.
+    """
+    found: dict[str, str] = {}
+    for name, block in model.named_modules():
+        method = _rebuilding_method(block)
+        inside = name and method and any(each.startswith(f"{name}.") for each in split)
+        if inside and any(isinstance(each, _BatchNorm) for each in block.modules()):
+            found.setdefault(f"{type(block).__name__}.{method}", name)
+    if found:
+        first = ", ".join(f"{method} ({name}, for one)" for method, name in found.items())
+        warn(
+            f"methods that build one dense convolution out of layers that are split now: {first}. If you want them, "
+            "call them first (timm.utils.reparameterize_model, switch_to_deploy) and convert what they give"
+        )
+
+
+def _rebuilding_method(block: nn.Module) -> str:
+    """The method of a block that adds its branches up to a new convolution; empty where there is none."""
+    names = [*_REBUILDING, *(["fuse"] if type(block).__module__.startswith("timm.") else [])]
+    return next((name for name in names if callable(getattr(type(block), name, None))), "")
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType]:
