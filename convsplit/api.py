@@ -37,7 +37,8 @@ def study(model: M, example_inputs: Batch = None, **options: Unpack[StudyOptions
     Args:
         model: any module. It is never changed; while the study is used, neither should anybody else change it.
         example_inputs: what the model is called with once.
-        **options: `calibration`, `forward`, `forms`, `skip`, `bake`, `seed` and `progress`: see `convsplit.Study`.
+        **options: `calibration`, `forward`, `forms`, `skip`, `bake`, `linear`, `seed` and `progress`: see
+            `convsplit.Study`.
 
     >>> import convsplit
     >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
@@ -87,6 +88,7 @@ def convert(
         skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
         bake: also split layers whose weight is computed at every call (parametrizations, weight_norm, spectral_norm,
             pruning masks, timm's StdConv2d), by splitting the weight that runs in eval mode for good.
+        linear: also split linear layers into two of lower rank, whatever `forms` says; they then count as splittable.
         seed: fixes the start of CP; the same seed gives the same result (choices by measured time may differ).
         progress: show progress bars; by default only on a terminal.
 

@@ -17,8 +17,8 @@ from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain, t
 from convsplit.model.sharing import holders
 from convsplit.spec import CONVOLUTIONS, Convolution, axes_of
 
-# These types exactly: a subclass may do more than its weight says.
-_FOLDS_INTO = (*CONVOLUTIONS.values(), *SEPARABLE.values())
+# These types exactly: a subclass may do more than its weight says. Not linear layers: batch norm may be of other axes.
+_FOLDS_INTO = (*CONVOLUTIONS.values(), *(SEPARABLE[kind] for kind in CONVOLUTIONS))
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 

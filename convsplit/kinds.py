@@ -1,5 +1,7 @@
 """Kinds of convolution modules: which are known, and the plain convolution each of them equals.
 
+Linear layers are kinds of their own, and equal a plain linear layer.
+
 A subclass of `Conv2d` may pad its input or compute its weight in `forward`, so only exact types are trusted: those of
 torch and the types in a registry, each with a handler that turns a module into the plain convolution it equals.
 A weight that is computed at every call (parametrizations, weight_norm, spectral_norm, pruning masks, standardised
@@ -21,7 +23,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from convsplit.layers.stages import PaddedConv2d, SamePad2d
-from convsplit.spec import CONVOLUTIONS, Axes, Convolution, ConvSpec, padding_around
+from convsplit.spec import CONVOLUTIONS, LAYERS, Axes, Convolution, ConvSpec, is_plain, padding_around
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,15 @@ def is_convolution(module: nn.Module) -> bool:
     """Whether a module is some kind of convolution, known or not."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in {kind.__name__ for kind in CONVOLUTIONS.values()}
-    return isinstance(module, Convolution) or _handler_of(module) is not None or _is_quantised(module)
+    known = _handler_of(module) is not None and not isinstance(module, nn.Linear)
+    return isinstance(module, Convolution) or known or _is_quantised(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is some kind of linear layer, known or not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", "") == nn.Linear.__name__
+    return isinstance(module, nn.Linear)
 
 
 def equivalent(module: nn.Module) -> Equivalent | str:
@@ -87,9 +97,10 @@ def equivalent(module: nn.Module) -> Equivalent | str:
         return "its forward was replaced on the instance"
     computed = _computed(module)
     found = handler(_settled(module) if computed else module)
-    if isinstance(found, Convolution):
-        found = Equivalent(found)
-    return replace(found, computed=found.computed or computed) if isinstance(found, Equivalent) else found
+    if isinstance(found, str):
+        return found
+    found = found if isinstance(found, Equivalent) else Equivalent(found)
+    return replace(found, computed=found.computed or computed)
 
 
 def plain_conv(module: Any, *, weight: Tensor | None = None, padding: Axes | str | None = None) -> Convolution:
@@ -126,8 +137,8 @@ def _unknown(module: nn.Module) -> str:
         return f"{kind.__name__} has no weight yet: run the model once first"
     if _is_quantised(module):
         return f"{kind.__name__} is quantised: convert before quantising"
-    if isinstance(module, Convolution):
-        plain = next(each.__name__ for each in CONVOLUTIONS.values() if isinstance(module, each))
+    if is_plain(module):
+        plain = next(each.__name__ for each in LAYERS.values() if isinstance(module, each))
         return (
             f"{kind.__module__}.{kind.__qualname__} may compute more than {plain} does (see convsplit.kinds.register)"
         )
@@ -183,8 +194,8 @@ def _plain(conv: Convolution) -> Convolution | str:
 
 def _with_numbers_that_run(conv: Convolution) -> Convolution | str:
     """The same convolution, rebuilt where attributes were left behind when its weight or its padding was exchanged."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "output_padding")
     plain = plain_conv(conv)
+    names = ConvSpec.of(conv).arguments().keys() - {"bias"}
     if padding_around(plain) != padding_around(conv):
         return "its padding was changed after construction, and is not what runs: build it with the padding you want"
     return conv if all(getattr(conv, name) == getattr(plain, name) for name in names) else plain
@@ -212,8 +223,12 @@ def _standardised(conv: Any) -> Equivalent:
     return Equivalent(plain, pad, f"{type(conv).__name__} standardises its weight at every call")
 
 
-for _class in CONVOLUTIONS.values():
+for _class in LAYERS.values():
     register(_class, _plain)
+register(
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
+    lambda layer: "nn.MultiheadAttention uses its weight without calling it",
+)
 register(PaddedConv2d, _padded)
 register("timm.layers.conv2d_same.Conv2dSame", _same)
 for _kind in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"):

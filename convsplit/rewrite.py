@@ -18,7 +18,7 @@ from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.data.moments import Marginals
 from convsplit.forms import CP
 from convsplit.initialise import initialise_each
-from convsplit.kinds import Equivalent, equivalent, is_convolution, is_weight_hook
+from convsplit.kinds import Equivalent, equivalent, is_convolution, is_linear, is_weight_hook
 from convsplit.layers.separable import SeparableConv, SeparableConv2d
 from convsplit.model.copies import deep_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
@@ -140,7 +140,7 @@ def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
     originals: dict[str, Equivalent] = {}
     for layer in plan.split:
         module = modules.get(layer.name)
-        if module is None or not is_convolution(module):
+        if module is None or not (is_convolution(module) or is_linear(module)):
             found = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(f"the plan splits {layer.name!r}, a convolution; the model has {found} there")
         original = equivalent(module)

@@ -10,7 +10,8 @@ Shape letters, used in names, comments and docstrings throughout convsplit:
 A tensor with a leading G counts O, I and R per group; a tensor or number without it counts the whole layer.
 
 Convolutions have one, two or three axes, and what is said of each axis is a tuple as long. A transposed convolution has
-the same kernel, with the roles of the maps exchanged: it slides over the map that comes in.
+the same kernel, with the roles of the maps exchanged: it slides over the map that comes in. A linear layer is a
+convolution without axes, whose kernel has one position.
 
 Costs are parameters (numbers stored) and MACs (multiply-accumulate operations; the "FLOPs" of some papers,
 half the FLOPs of `torch.utils.flop_counter`). A bias costs O parameters and no MACs, as is usual.
@@ -20,11 +21,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 Convolution = nn.modules.conv._ConvNd  # the class that all convolutions of torch come from
 Pair = tuple[int, int]
@@ -35,6 +36,12 @@ CONVOLUTIONS: dict[tuple[int, bool], type[Convolution]] = {  # by the number of 
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
     (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
 }  # fmt: skip
+LAYERS: dict[tuple[int, bool], type[nn.Module]] = {(0, False): nn.Linear, **CONVOLUTIONS}
+
+
+def is_plain(module: Any) -> TypeGuard[Convolution]:
+    """Whether a module is a convolution of torch or a linear layer, which to type checkers is one more convolution."""
+    return isinstance(module, Convolution | nn.Linear)
 
 
 def per_axis(value: int | tuple[int, ...], axes: int) -> Axes:
@@ -54,7 +61,7 @@ def pair(value: int | tuple[int, ...]) -> Pair:
 
 def axes_of(conv: Any) -> int:
     """How many axes the kernel of a module has that is some kind of convolution."""
-    for (axes, _), kind in CONVOLUTIONS.items():
+    for (axes, _), kind in LAYERS.items():
         if isinstance(conv, kind):
             return axes
     weight = getattr(conv, "weight", None)
@@ -101,7 +108,10 @@ class ConvSpec:
         """
         axes, transposed = axes_of(conv), bool(getattr(conv, "transposed", False))
         weight = conv._parameters.get("weight")
-        if weight is None or isinstance(weight, UninitializedParameter) or weight.dim() != axes + 2:
+        if axes == 0:
+            O, I = (conv.out_features, conv.in_features) if weight is None or is_lazy(weight) else weight.shape
+            return cls(in_channels=I, out_channels=O, kernel_size=(), bias=conv.bias is not None)
+        if weight is None or is_lazy(weight) or weight.dim() != axes + 2:
             O, I, kernel_size = conv.out_channels, conv.in_channels, per_axis(conv.kernel_size, axes)
         else:
             across, per_group, *kernel = weight.shape
@@ -128,13 +138,16 @@ class ConvSpec:
         device: torch.device | str = "meta",
         dtype: torch.dtype | None = None,
     ) -> Convolution:
-        """A convolution with these numbers; by default on the meta device, where it takes no memory."""
-        kind = CONVOLUTIONS[self.axes, self.transposed] if kind is None else kind
-        return kind(**self.arguments(), device=device, dtype=dtype)
+        """A layer with these numbers; by default on the meta device, where it takes no memory."""
+        made: Any = LAYERS[self.axes, self.transposed] if kind is None else kind
+        conv: Convolution = made(**self.arguments(), device=device, dtype=dtype)
+        return conv
 
     def arguments(self) -> dict[str, Any]:
         """The numbers under the names that torch's classes give them."""
         own = dict(vars(self))
+        if self.axes == 0:
+            return {"in_features": self.in_channels, "out_features": self.out_channels, "bias": self.bias}
         if not own.pop("transposed"):
             del own["output_padding"]
         return own
@@ -176,7 +189,9 @@ class ConvSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON; `from_json` reads them."""
-        values = self.arguments() | ({"transposed": True} if self.transposed else {})
+        values = dict(vars(self))
+        if not self.transposed:
+            del values["transposed"], values["output_padding"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
@@ -191,9 +206,11 @@ def padding_around(conv: Convolution) -> list[int]:
 
     In other modes than "zeros" this was worked out when the module was made, and an edited `padding` does not count.
     """
+    axes = axes_of(conv)
+    if axes == 0:
+        return []
     if conv.padding_mode != "zeros":
         return list(conv._reversed_padding_repeated_twice)
-    axes = axes_of(conv)
     kernel_size = tuple(conv.weight.shape[2:]) if conv.weight.dim() > 2 else conv.kernel_size
     return _around(conv.padding, per_axis(kernel_size, axes), per_axis(conv.dilation, axes))
 

@@ -32,7 +32,7 @@ from convsplit.layers.separable import SeparableConv
 from convsplit.layers.stages import ChannelIndex
 from convsplit.model.copies import deep_copy
 from convsplit.rewrite import apply_plan
-from convsplit.spec import CONVOLUTIONS, ConvSpec
+from convsplit.spec import LAYERS, ConvSpec
 from convsplit.structure import Structure
 
 M = TypeVar("M", bound=nn.Module)
@@ -302,7 +302,7 @@ def _architecture(model: nn.Module, split: Iterable[str]) -> tuple[dict[str, str
     named = dict(model.named_modules(remove_duplicate=False))
     specs = {id(named[name]): spec for name in split if name in named and (spec := _spec(named[name])) is not None}
     convs = {name: specs[id(module)] for name, module in named.items() if id(module) in specs}
-    classes = {name: CONVOLUTIONS[spec.axes, spec.transposed].__name__ for name, spec in convs.items()}
+    classes = {name: LAYERS[spec.axes, spec.transposed].__name__ for name, spec in convs.items()}
     insides = tuple(f"{name}." if name else "" for name in convs)
     modules = {
         name: classes.get(name, type(module).__name__)

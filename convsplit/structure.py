@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from convsplit.forms import FORMS, KNOWN, Form, form_named
+from convsplit.forms import FORMS, KNOWN, POINTWISE, Form, form_named
 from convsplit.spec import Axes, ConvSpec
 
 
@@ -39,6 +39,8 @@ class Structure:
         found = form_named(form)
         if not found.filters and spec.positions > 1:
             raise ValueError(f"form {form!r} is for 1x1 kernels; this one has {spec.positions} positions")
+        if found.filters and spec.axes == 0:
+            raise ValueError(f"form {form!r} filters maps; a linear layer is split as 'pw-pw'")
         both_pointwise = found.expands and found.projects
         if rank is not None and components is not None:
             raise ValueError(f"give rank= or components=, not both (got {rank} and {components})")
@@ -76,22 +78,26 @@ class Structure:
         return f"{self.form} {self.components}{'' if self.even else ' uneven'}"
 
 
-def forms_named(names: str | Sequence[str] | None, *, of_one_rank: bool = False) -> list[Form]:
+def forms_named(names: str | Sequence[str] | None, *, linear: bool = False, of_one_rank: bool = False) -> list[Form]:
     """The forms of these names; where none are given, those of kernels with several positions.
 
-    `of_one_rank`: those in which a rank means the same; by default the two where it is the depth multiplier.
+    `linear`: with the one of linear layers. `of_one_rank`: those in which a rank means the same; by default the two
+    where it is the depth multiplier.
 
     Raises:
         ValueError: an unknown name, an empty list, or forms in which a rank means different things.
     """
     if names is None:
-        return [form for form in FORMS.values() if not (of_one_rank and form.expands and form.projects)]
-    found = [form_named(name) for name in ([names] if isinstance(names, str) else names)]
+        found = [form for form in FORMS.values() if not (of_one_rank and form.expands and form.projects)]
+    else:
+        found = [form_named(name) for name in ([names] if isinstance(names, str) else names)]
     if not found:
         raise ValueError(f"forms is empty; name at least one of {', '.join(map(repr, KNOWN))}")
+    if linear and POINTWISE not in found:
+        found.append(POINTWISE)
     if of_one_rank and len({form.expands and form.projects for form in found}) > 1:
         raise ValueError(
-            'rank= is the depth multiplier of "dw-pw" and "pw-dw" and the CP rank of "pw-dw-pw": say which is meant, '
-            'forms=("dw-pw", "pw-dw") or forms="pw-dw-pw"'
+            'rank= is the depth multiplier of "dw-pw" and "pw-dw" and the CP rank of "pw-dw-pw" (of "pw-pw" and linear '
+            'layers that of a matrix): say which is meant, forms=("dw-pw", "pw-dw") or forms="pw-dw-pw"'
         )
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, cast
@@ -35,7 +35,8 @@ from convsplit.choose.search import MOST
 from convsplit.data.batches import Checked, checked_batches, hold_out
 from convsplit.data.moments import Marginals, measure_marginals
 from convsplit.data.sensitivity import measure_gains
-from convsplit.forms import CP
+from convsplit.forms import CP, Form
+from convsplit.kinds import is_linear
 from convsplit.layers.separable import SeparableConv
 from convsplit.measure.speed import PREFERENCES, choose_by_time
 from convsplit.measure.stopwatch import Stopwatch
@@ -74,6 +75,7 @@ class StudyOptions(TypedDict, total=False):
     forms: str | Sequence[str] | None
     skip: Skip
     bake: bool
+    linear: bool
     seed: int
     progress: bool | None
 
@@ -117,6 +119,7 @@ class Study(Tabular, Generic[M]):
         skip: layers to leave alone: names, glob patterns, or a predicate `(name, module) -> bool`.
         bake: also split layers whose weight is computed at every call (parametrizations, weight_norm, spectral_norm,
             pruning masks, timm's StdConv2d), by splitting the weight that runs in eval mode for good.
+        linear: also split linear layers into two of lower rank, whatever `forms` says; they then count as splittable.
         seed: fixes the start of CP; the same seed gives the same result (choices by measured time may differ).
         progress: show progress bars; by default only on a terminal.
 
@@ -142,13 +145,14 @@ class Study(Tabular, Generic[M]):
         forms: str | Sequence[str] | None = None,
         skip: Skip = (),
         bake: bool = False,
+        linear: bool = False,
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; want a torch.nn.Module, such as resnet18()")
         self.model, self.forward, self.forms, self.skip, self.bake = model, forward, forms, skip, bake
-        self.seed, self.progress = seed, progress
+        self.linear, self.seed, self.progress = linear, seed, progress
         pointwise = any(not form.filters for form in forms_named(forms))  # an unknown one is refused before all else
         self.batches = None if calibration is None else checked_batches(calibration)
         if example_inputs is None and self.batches:
@@ -156,7 +160,9 @@ class Study(Tabular, Generic[M]):
         self.example_inputs = example_inputs
         self.trace: Trace = trace(model, example_inputs, forward)
         with same_globals(), plain_arithmetic():  # users' own functions look at layers and say what they equal
-            self.sites: list[Site] = find_sites(model, self.trace, skip=skip, bake=bake, pointwise=pointwise)
+            self.sites: list[Site] = find_sites(
+                model, self.trace, skip=skip, bake=bake, pointwise=pointwise, linear=linear
+            )
         self.stopwatch = Stopwatch()
         self._versions = _versions(model)
 
@@ -166,14 +172,14 @@ class Study(Tabular, Generic[M]):
         self._check_unchanged()
         with same_globals(), plain_arithmetic():
             return find_menus(
-                self.sites, forms=forms_named(self.forms), marginals=self.marginals, seed=self.seed,
+                self.sites, forms=self._forms(), marginals=self.marginals, seed=self.seed,
                 progress=self.progress,
             )  # fmt: skip
 
     @cached_property
     def timed_menus(self) -> list[Menu]:
         """Also dw-pw and pw-dw with equal multiplicities, which may be faster where they are less accurate."""
-        forms = [form for form in forms_named(self.forms) if not (form.expands and form.projects)]
+        forms = [form for form in self._forms() if not (form.expands and form.projects)]
         if not forms:
             return self.menus
         equal = find_menus(
@@ -319,7 +325,7 @@ class Study(Tabular, Generic[M]):
         kept, held = hold_out(self.batches, held_out)
         known = Study(
             self.model, self.example_inputs, calibration=kept, forward=self.forward, forms=self.forms, skip=self.skip,
-            bake=self.bake, seed=self.seed, progress=self.progress,
+            bake=self.bake, linear=self.linear, seed=self.seed, progress=self.progress,
         )  # fmt: skip
         return known, held
 
@@ -410,7 +416,7 @@ class Study(Tabular, Generic[M]):
         """What this study knows, of a copy of the model that sees inputs of other shapes or layouts."""
         other: Study[nn.Module] = Study(
             model, example_inputs, forward=self.forward, forms=self.forms, skip=self.skip, bake=self.bake,
-            seed=self.seed, progress=self.progress,
+            linear=self.linear, seed=self.seed, progress=self.progress,
         )  # fmt: skip
         by_name = {site.name: site for site in other.sites}
         other.menus = [menu.at(by_name[menu.site.name]) for menu in self.menus]
@@ -454,12 +460,15 @@ class Study(Tabular, Generic[M]):
     def __repr__(self) -> str:
         return f"Study({self.title}: {self.summary()})"
 
+    def _forms(self, of_one_rank: bool = False) -> list[Form]:
+        return forms_named(self.forms, linear=self.linear, of_one_rank=of_one_rank)
+
     def _menus(self, rank: int | None, exact: bool) -> list[Menu]:
         if exact:
-            return exact_menus(self.sites, forms_named(self.forms))
+            return exact_menus(self.sites, self._forms())
         if rank is None:
             return self.menus
-        forms = forms_named(self.forms, of_one_rank=True)
+        forms = self._forms(of_one_rank=True)
         return find_menus(
             self.sites, forms=forms, rank=rank, marginals=self.marginals, seed=self.seed, progress=self.progress
         )
@@ -487,9 +496,16 @@ class Study(Tabular, Generic[M]):
         try:
             return allocate(menus, budget, model_params=self.params, model_macs=self.macs)
         except ValueError as error:
-            if budget.of == "model" and any(site.reason == POINTWISE for site in self.sites):
-                raise ValueError(f'{error}; with "pw-pw" among forms=, 1x1 kernels can be split, too') from error
+            more = "; ".join(self._what_else_could_be_split()) if budget.of == "model" else ""
+            if more:
+                raise ValueError(f"{error}; {more}") from error
             raise
+
+    def _what_else_could_be_split(self) -> Iterator[str]:
+        if any(site.reason == POINTWISE for site in self.sites):
+            yield 'with "pw-pw" among forms=, 1x1 kernels can be split, too'
+        if not self.linear and any(is_linear(module) for module in self.model.modules()):
+            yield "with linear=True, linear layers can be split, too"
 
     def _timed(self, menus: Sequence[Menu], budget: Budget | None, prefer: str, stopwatch: Stopwatch) -> Plan:
         found = choose_by_time(

@@ -316,7 +316,7 @@ def _row(layer: PlannedLayer, timed: bool) -> list[str]:
     kernel = (
         ""
         if spec is None
-        else f"{spec.out_channels}x{spec.in_channels // spec.groups}x" + "x".join(map(str, spec.kernel_size))
+        else "x".join(map(str, (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel_size)))
     )
     if option is None or option.structure is None or spec is None:
         before = "" if spec is None else count(layer.params[0])

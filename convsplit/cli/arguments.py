@@ -99,6 +99,7 @@ def forms_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--skip", metavar="NAME", action="append", default=[], help="leave this layer alone; a pattern; repeatable"
     )
+    group.add_argument("--linear", action="store_true", help="also split linear layers")
 
 
 def seed_argument(parser: ArgumentParser) -> None:
@@ -148,7 +149,7 @@ def study_of(args: Namespace, model: nn.Module, inputs: list[Any]) -> Study[nn.M
     calibration = _batches_of(args, args.calibrate)
     return study(
         model, inputs[0] if inputs else None, calibration=calibration or None, forms=args.forms, skip=args.skip,
-        seed=args.seed, progress=progress_of(args),
+        linear=args.linear, seed=args.seed, progress=progress_of(args),
     )  # fmt: skip
 
 

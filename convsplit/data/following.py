@@ -22,6 +22,7 @@ from convsplit.data.recipe import Name, Place, resolved
 from convsplit.data.tail import Tail
 from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, run_or_explain, tensors_in
+from convsplit.spec import axes_of
 
 aten = torch.ops.aten
 _BATCH_NORMS = {  # and where the flag for training is among the arguments, if anywhere
@@ -37,6 +38,7 @@ class Chain:
     """A layer's answer and the steps it goes through while nothing else reads it."""
 
     reached: int  # when the layer was called
+    axes: int  # of the layer
     steps: list[tuple[str, Any]] = field(default_factory=list)
     ended: bool = False
 
@@ -68,7 +70,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module, layers: set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.layers, self.clock = layers, 0
+        self.layers, self.clock = {name: axes_of(model.get_submodule(name)) for name in layers}, 0
         self.calls: dict[str, int] = {}
         self.again: dict[str, int] = {}  # when a module was called for the second time
         self.alive: dict[str, int] = {}
@@ -97,7 +99,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._seen(output, Place(name, given=True))
         if name in self.layers and name not in self.chains:
-            self.chains[name] = chain = Chain(self.clock)
+            self.chains[name] = chain = Chain(self.clock, self.layers[name])
             self.links.setdefault(output, []).append((chain, 0))
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._values()}
             self.alive[name] = sum(storages.values())
@@ -171,7 +173,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in (aten.add.Tensor, aten.add_.Tensor) and "add" not in done and len(args) == 2:
             other = args[1] if args[0] is value else args[0]
             return ("add", self._name(other)) if isinstance(other, Tensor) and other.shape == value.shape else None
-        if kind in _BATCH_NORMS and args[0] is value and not {"affine", "add"} & set(done):
+        # Of a linear layer's answer [N, T, O] batch norm normalises T.
+        by_channel = value.dim() == chain.axes + 2
+        if kind in _BATCH_NORMS and args[0] is value and by_channel and not {"affine", "add"} & set(done):
             training = _BATCH_NORMS[kind]
             return None if training is not None and args[training] else ("affine", _affine(args[1:5], args[-1]))
         return None

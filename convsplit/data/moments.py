@@ -20,11 +20,31 @@ from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 from convsplit.model.values import tensors_in
 from convsplit.precision import widened
-from convsplit.spec import Axes, Convolution, axes_of, padding_around, per_axis
+from convsplit.spec import Axes, Convolution, ConvSpec, axes_of, padding_around, per_axis
 
 POSITIONS_PER_UNKNOWN = 200
 ROUNDING = 1e-12  # of the energy of patches: what is left of it once their mean is taken off equal ones
+WIDEST = 5000  # channels: moments of more take memory and time that grow with their square and their cube
 SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3
+
+
+def as_map(x: Tensor, axes: int) -> Tensor:
+    """What goes into or comes out of a layer as [N, C, *size]: an image on its own as one of a batch.
+
+    Rows [..., C] of a linear layer, which has no axes, are a map of one: that of a batch [N, C] has one position.
+    """
+    if axes:
+        return x.unsqueeze(0) if x.dim() == axes + 1 else x
+    rows = x.reshape(-1, 1, x.shape[-1]) if x.dim() < 3 else x.flatten(1, -2)
+    return rows.transpose(1, 2)
+
+
+def reader_of(layer: Convolution) -> Convolution:
+    """The convolution that reads `as_map` of a layer's inputs: itself or, of a linear layer, a 1x1 one."""
+    if axes_of(layer):
+        return layer
+    spec = ConvSpec.of(layer)
+    return ConvSpec(spec.in_channels, spec.out_channels, (1,)).conv()
 
 
 def padded(geometry: Convolution, x: Tensor) -> Tensor:
@@ -182,22 +202,22 @@ def measure_marginals(
 ) -> dict[str, Marginals]:
     """Marginals at all the named layers, in one forward pass over the batches.
 
-    Layers never reached are left out, and those whose inputs do not vary. `convs` are the plain convolutions that the
-    layers of those names equal; the model is left as it is.
+    Layers never reached are left out, those whose inputs do not vary, and those of more than `WIDEST` channels. `convs`
+    are the plain convolutions that the layers of those names equal; the model is left as it is.
 
     Raises:
         ValueError: a batch leads to NaN or infinite values inside the model.
     """
+    convs = {name: conv for name, conv in convs.items() if ConvSpec.of(conv).in_channels <= WIDEST}
     sums: dict[str, list[Tensor]] = {}
     seen = dict.fromkeys(convs, 0)
     modules = dict(model.named_modules())
     count = int(reduced_numbers(len(batches))[0])  # once: hooks of several processes do not run in step
 
     def watch(name: str, given: Given, output: Any) -> None:
-        conv, x, y = convs[name], given.tensor, next(tensors_in(output))
-        assert x is not None
-        if x.dim() == axes_of(conv) + 1:
-            x, y = x.unsqueeze(0), y.unsqueeze(0)
+        assert given.tensor is not None
+        axes, conv = axes_of(convs[name]), reader_of(convs[name])
+        x, y = as_map(given.tensor, axes), as_map(next(tensors_in(output)), axes)
         positions, size, limit = math.prod(conv.kernel_size), y.shape[2:], SAMPLE_BYTES // 4
         step = thinning(size, y.shape[0] * count, conv.in_channels, positions, limit, tile_of(conv))
         patches = sampled_patches(conv, conv.groups, x, size, step, seen[name])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.layers.separable import SeparableConv
-from convsplit.spec import Convolution
+from convsplit.spec import is_plain
 
 
 def parameter_groups(
@@ -39,7 +39,7 @@ def parameter_groups(
         for layer in converted.modules()
         if isinstance(layer, SeparableConv)
         for stage in layer.stages.values()
-        if isinstance(stage, Convolution)
+        if is_plain(stage)
     }
     trained = [parameter for parameter in converted.parameters() if parameter.requires_grad]
     if not trained:

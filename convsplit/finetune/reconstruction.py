@@ -149,7 +149,8 @@ def schedule(share: float) -> float:
 
 def _minibatch(block: Block, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random images: from all batches where they are of one size, from one batch otherwise."""
-    batched = block.inputs[0].dim() == block.layers[0].axes + 2
+    axes, dimensions = block.layers[0].axes, block.inputs[0].dim()
+    batched = dimensions == axes + 2 if axes else dimensions > 1
     if batched and len({x.shape[1:] for x in block.inputs}) == 1:
         sizes = [len(x) for x in block.inputs]
         chosen = torch.randint(sum(sizes), (min(BATCH, sum(sizes)),), generator=generator, device="cpu")

@@ -7,3 +7,4 @@ from convsplit.layers.separable import SeparableConv3d as SeparableConv3d
 from convsplit.layers.separable import SeparableConvTranspose1d as SeparableConvTranspose1d
 from convsplit.layers.separable import SeparableConvTranspose2d as SeparableConvTranspose2d
 from convsplit.layers.separable import SeparableConvTranspose3d as SeparableConvTranspose3d
+from convsplit.layers.separable import SeparableLinear as SeparableLinear

@@ -3,13 +3,13 @@
     dw-pw      depthwise I -> R   pointwise R -> O
     pw-dw      pointwise I -> R   depthwise R -> O
     pw-dw-pw   pointwise I -> R   depthwise R -> R   pointwise R -> O
-    pw-pw      pointwise I -> R   pointwise R -> O                      of 1x1 kernels
+    pw-pw      pointwise I -> R   pointwise R -> O                      of 1x1 kernels and of linear layers
 
-Every stage is a plain convolution of torch (so that quantisers, counters and fusers know what to do) that can be looked
-up by name: `pointwise_in`, `depthwise`, `pointwise_out`. Stride, padding, dilation and padding mode belong to the
-depthwise stage alone (where there is none, to the first), and so does padding that depends on the input's size, a stage
-`pad` of its own. Of a transposed convolution that stage is the transposed one. The bias belongs to the last
-stage: a bias before the depthwise stage would meet its zero padding and be wrong along the borders.
+Every stage is a plain convolution of torch, or linear layer (so that quantisers, counters and fusers know what to do),
+that can be looked up by name: `pointwise_in`, `depthwise`, `pointwise_out`. Stride, padding, dilation and padding mode
+belong to the depthwise stage alone (where there is none, to the first), and so does padding that depends on the input's
+size, a stage `pad` of its own. Of a transposed convolution that stage is the transposed one. The bias belongs to the
+last stage: a bias before the depthwise stage would meet its zero padding and be wrong along the borders.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from convsplit.forms import Factors, Form, form_named, grouped, ungrouped
 from convsplit.layers.kernel import kernel_of
 from convsplit.layers.stages import ChannelGather, ChannelIndex, ChannelSum, PaddedConv2d
 from convsplit.precision import widened
-from convsplit.spec import CONVOLUTIONS, Axes, Convolution, ConvSpec, PaddingMode, padding_around, per_axis
+from convsplit.spec import LAYERS, Axes, Convolution, ConvSpec, PaddingMode, is_plain, padding_around, per_axis
 from convsplit.structure import Structure
 
 # Ways to run the same stages; neither parameters nor their names depend on it (figures: benchmarks/results/latency.md).
@@ -101,7 +102,7 @@ class SeparableConv(nn.Module):
     ) -> OrderedDict[str, nn.Module]:
         spec, form, R = self._spec, form_named(self.form), self.components
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        pointwise: Any = CONVOLUTIONS[spec.axes, False]
+        mixing = partial(ConvSpec, kernel_size=(1,) * spec.axes, groups=spec.groups)
         gathers = not self.even and not form.expands
         sums = not self.even and not form.projects
         stages: OrderedDict[str, nn.Module] = OrderedDict()
@@ -110,12 +111,10 @@ class SeparableConv(nn.Module):
             stages["gather"] = ChannelGather(numbers, spec.in_channels, spec.groups, device, axes=spec.axes)
         if not form.filters:
             stages["pointwise_in"] = replace(spec, out_channels=R, bias=False).conv(**factory)
-            stages["pointwise_out"] = pointwise(
-                R, spec.out_channels, 1, groups=spec.groups, bias=spec.bias, **factory
-            )
+            stages["pointwise_out"] = mixing(R, spec.out_channels, bias=spec.bias).conv(**factory)
             return stages
         if form.expands:
-            stages["pointwise_in"] = pointwise(spec.in_channels, R, 1, groups=spec.groups, bias=False, **factory)
+            stages["pointwise_in"] = mixing(spec.in_channels, R).conv(**factory)
         reads = R if form.expands or gathers else spec.in_channels
         writes = R if form.projects or sums else spec.out_channels
         last = not (form.projects or sums)
@@ -124,9 +123,7 @@ class SeparableConv(nn.Module):
         )
         stages["depthwise"] = depthwise.conv(**factory)
         if form.projects:
-            stages["pointwise_out"] = pointwise(
-                R, spec.out_channels, 1, groups=spec.groups, bias=spec.bias, **factory
-            )
+            stages["pointwise_out"] = mixing(R, spec.out_channels, bias=spec.bias).conv(**factory)
         if sums:
             bias = torch.zeros(spec.out_channels, **factory) if spec.bias else None
             numbers = _spread(R, spec.out_channels, spec.groups)
@@ -156,7 +153,7 @@ class SeparableConv(nn.Module):
     def _stages_are_plain(self) -> bool:
         """Whether the convolutions do no more than their weights say: other modules and hooks want to be called."""
         convolutions = [stage for name, stage in self.stages.items() if name in _CONVOLUTIONS]
-        return all(type(stage) in CONVOLUTIONS.values() for stage in convolutions) and not any(
+        return all(type(stage) in LAYERS.values() for stage in convolutions) and not any(
             hooks
             for stage in convolutions
             for hooks in (
@@ -192,11 +189,17 @@ class SeparableConv(nn.Module):
         if name not in ARRANGEMENTS:
             raise ValueError(f"unknown arrangement {name!r}; there are {', '.join(map(repr, ARRANGEMENTS))}")
         if not self.can_run(name):
-            raise ValueError(f'"{name}" is for equal multiplicities above 1; this is {self.extra_repr()}')
+            what = "maps" if self.axes == 0 else "equal multiplicities above 1"
+            raise ValueError(f'"{name}" is for {what}; this is {self.extra_repr()}')
         self._arrangement = name
 
     def can_run(self, arrangement: str) -> bool:
-        """Whether this layer has an arrangement: "repeated" is for equal multiplicities above 1, not transposed."""
+        """Whether this layer has an arrangement.
+
+        "repeated" is for equal multiplicities above 1, not transposed, "by image" for maps.
+        """
+        if self.axes == 0:
+            return arrangement == "stages"
         form = form_named(self.form)
         two_stages = not (form.expands and form.projects) and not self.transposed
         return arrangement != "repeated" or (two_stages and self.even and cast(int, self.rank) > 1)
@@ -217,7 +220,7 @@ class SeparableConv(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> SeparableConv:  # fmt: skip
         """A layer with these numbers, of the class for them."""
-        own = getattr(cls, "axes", 0) == spec.axes and cls.transposed == spec.transposed
+        own = getattr(cls, "axes", None) == spec.axes and cls.transposed == spec.transposed
         kind: Any = cls if own else SEPARABLE[spec.axes, spec.transposed]
         made: SeparableConv = kind(
             **spec.arguments(), form=form, rank=rank, components=components, device=device, dtype=dtype
@@ -327,7 +330,7 @@ class SeparableConv(nn.Module):
         inputs = outputs = channels = None
         if "pointwise_in" in stages:
             stage = cast(Convolution, stages["pointwise_in"])
-            inputs = grouped(stage.weight, G, stage.transposed).squeeze(3)
+            inputs = grouped(stage.weight, G, ConvSpec.of(stage).transposed).squeeze(3)
         if "pointwise_out" in stages:
             outputs = cast(Convolution, stages["pointwise_out"]).weight.reshape(G, -1, R)
         if inputs is None or outputs is None:
@@ -468,12 +471,12 @@ class SeparableConv(nn.Module):
         """What was done to the stages that no single convolution can do; empty where they add up to one."""
         *_, last = self.stages.values()
         for name, stage in self.stages.items():
-            if name not in _CONVOLUTIONS or not isinstance(stage, Convolution):
+            if name not in _CONVOLUTIONS or not is_plain(stage):
                 continue
             if stage.bias is not None and stage is not last:
                 return f"{name} was given a bias, which meets the padding before the last stage does"
             spec = ConvSpec.of(stage)
-            mixes = {*spec.kernel_size, *spec.stride} == {1} and not any(padding_around(stage))
+            mixes = {*spec.kernel_size, *spec.stride} <= {1} and not any(padding_around(stage))
             if stage is not self.geometry and not mixes:
                 return f"{name} was edited and is no pointwise convolution: {stage}"
         return ""
@@ -482,7 +485,7 @@ class SeparableConv(nn.Module):
     def spec(self) -> ConvSpec:
         """The numbers of the convolution that this layer is now: its stages may have been edited since it was made."""
         built = replace(self._spec, bias=self.bias is not None)
-        if not isinstance(self.geometry, Convolution):
+        if not is_plain(self.geometry):
             return built
         runs = ConvSpec.of(self.geometry)
         return replace(built, **{name: getattr(runs, name) for name in _GEOMETRY})
@@ -555,7 +558,7 @@ class SeparableConv(nn.Module):
                 raise AttributeError(problem)
         elif name == "bias":
             self._take_bias(value)
-        elif name in _GEOMETRY:
+        elif name in _GEOMETRY and self.axes:
             self._set_geometry(name, value)
         else:
             super().__setattr__(name, value)
@@ -630,6 +633,52 @@ class SeparableConv3d(SeparableConv):
     axes = 3
 
 
+class SeparableLinear(SeparableConv):
+    """A linear layer of lower rank, with the arguments and the metadata of `nn.Linear`: two linear layers.
+
+    What of a 1x1 convolution is pw-pw, without axes: input [..., in_features], output [..., out_features].
+
+    Args:
+        form: "pw-pw", the only one.
+        rank: the number of components, R: the width between the two.
+        components: the same as `rank`.
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
+
+    >>> layer = SeparableConv.from_conv(nn.Linear(64, 32), form="pw-pw", rank=8)
+    >>> layer(torch.zeros(2, 5, 64)).shape, layer.weight.shape
+    (torch.Size([2, 5, 32]), torch.Size([32, 64]))
+    """
+
+    axes = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        form: str = "pw-pw",
+        rank: int | None = None,
+        components: int | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        spec = ConvSpec(in_features, out_features, (), bias=bias)
+        self._build(spec, device, dtype, form=form, rank=rank, components=components)
+
+    @property
+    def in_features(self) -> int:
+        return self.in_channels
+
+    @property
+    def out_features(self) -> int:
+        return self.out_channels
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.spec.bias}, rank={self.rank}"
+
+
 class SeparableConvTranspose(SeparableConv):
     """What transposed ones have in common: their depthwise stage is a transposed convolution, the others are not."""
 
@@ -694,7 +743,7 @@ class SeparableConvTranspose3d(SeparableConvTranspose):
 SEPARABLE: dict[tuple[int, bool], type[SeparableConv]] = {
     (kind.axes, kind.transposed): kind
     for kind in (
-        SeparableConv1d, SeparableConv2d, SeparableConv3d,
+        SeparableLinear, SeparableConv1d, SeparableConv2d, SeparableConv3d,
         SeparableConvTranspose1d, SeparableConvTranspose2d, SeparableConvTranspose3d,
     )
 }  # fmt: skip

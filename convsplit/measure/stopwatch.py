@@ -33,7 +33,7 @@ from convsplit.measure.timing import milliseconds_in_turns
 from convsplit.progress import track
 from convsplit.runtimes import Runtime, runtime_of
 from convsplit.runtimes.base import Prepare, Run
-from convsplit.spec import Convolution, ConvSpec
+from convsplit.spec import ConvSpec, is_plain
 from convsplit.structure import Structure
 
 COARSE, COARSER = 5, 3  # ranks of a form that are measured, and of slow layers; the others are interpolated
@@ -255,7 +255,7 @@ def with_noise(model: M) -> M:
     for layer in model.modules():
         if isinstance(layer, SeparableConv):
             for stage in layer.stages.values():
-                if isinstance(stage, Convolution):
+                if is_plain(stage):
                     stage.weight.normal_(0, stage.weight[0].numel() ** -0.5)
     return model
 

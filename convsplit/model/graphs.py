@@ -29,7 +29,7 @@ from convsplit.spec import ConvSpec
 
 @dataclass(frozen=True)
 class FunctionalConv:
-    """An `F.conv2d`, or its like, in the code.
+    """An `F.conv2d`, or its like (`F.linear` too), in the code.
 
     `weight` names the parameter it uses, and is empty where the weight is computed.
     """
@@ -122,10 +122,12 @@ def _trace_parts(module: nn.Module, name: str, graphs: dict[str, fx.Graph], untr
             _trace_parts(child, f"{name}.{child_name}" if name else child_name, graphs, untraced)
 
 
+LINEAR = "F.linear"  # as a function's name
 aten = torch.ops.aten
 # F.conv2d and its like, with axes and whether transposed, and what they become in graphs of torch.export: one overload
 # for each way of writing the padding.
 _FUNCTIONS: dict[Any, tuple[int, bool]] = {
+    **dict.fromkeys((F.linear, aten.linear.default), (0, False)),
     **dict.fromkeys((F.conv1d, aten.conv1d.default, aten.conv1d.padding), (1, False)),
     **dict.fromkeys((F.conv2d, aten.conv2d.default, aten.conv2d.padding), (2, False)),
     **dict.fromkeys((F.conv3d, aten.conv3d.default, aten.conv3d.padding), (3, False)),
@@ -176,7 +178,8 @@ def _functional_convs(model: nn.Module, part: str, graph: fx.Graph) -> Iterator[
         arguments = conv_arguments(node)
         if arguments is None:
             continue
-        function = f"F.conv{'_transpose' * arguments['transposed']}{arguments['axes']}d"
+        axes = arguments["axes"]
+        function = f"F.conv{'_transpose' * arguments['transposed']}{axes}d" if axes else LINEAR
         source, weight, spec = arguments["weight"], "", None
         if isinstance(source, fx.Node) and source.op == "get_attr":
             weight = f"{prefix}{source.target}"

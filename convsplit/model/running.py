@@ -58,12 +58,12 @@ class Call:
     inputs: int = 1
 
     def images(self, axes: int) -> int:
-        """N, for maps of so many axes; an unbatched input counts as one image."""
+        """N, for maps of so many axes; an unbatched input counts as one image. Of none: rows of a linear layer."""
         return math.prod(self.input_shape[: -axes - 1])
 
     def sizes(self, axes: int) -> tuple[Axes, Axes]:
         """Of the map that went in and of the one that came out."""
-        return self.input_shape[-axes:], self.output_shape[-axes:]
+        return self.input_shape[len(self.input_shape) - axes :], self.output_shape[len(self.output_shape) - axes :]
 
 
 def macs_per_input(calls: Sequence[Call], axes: int, of_an_image: Callable[[Axes, Axes], int]) -> int:

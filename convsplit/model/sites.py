@@ -1,22 +1,22 @@
-"""Sites: every convolution of a model, and for each either what can be split or why it is left alone."""
+"""Sites: every convolution of a model (and linear layer, if asked), and what can be split or why it is left alone."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from convsplit.kinds import Equivalent, equivalent, is_convolution
+from convsplit.kinds import Equivalent, equivalent, is_convolution, is_linear
 from convsplit.layers.separable import SeparableConv
-from convsplit.model.graphs import Trace
+from convsplit.model.graphs import LINEAR, FunctionalConv, Trace
 from convsplit.model.running import Call
 from convsplit.model.sharing import holders
 from convsplit.model.usage import Usage
-from convsplit.spec import Convolution, ConvSpec
+from convsplit.spec import ConvSpec, is_plain
 
 POINTWISE = "1x1 kernel: already pointwise"  # a reason
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,13 +49,14 @@ class Site:
 
 
 def find_sites(
-    model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = False, pointwise: bool = False
-) -> list[Site]:
+    model: nn.Module, trace: Trace, *, skip: Skip = (), bake: bool = False, pointwise: bool = False,
+    linear: bool = False,
+) -> list[Site]:  # fmt: skip
     """List every convolution of a model, in the order of `named_modules`, functional ones (`F.conv2d`) last.
 
     `skip` leaves out layers by name, by glob pattern, or by a predicate `(name, module) -> bool`. `bake` lets layers
     be split whose weight is computed at every call: the weight that runs in eval mode is then split for good.
-    `pointwise` lets 1x1 kernels be split.
+    `pointwise` lets 1x1 kernels be split, `linear` lists linear layers and lets them be.
 
     Raises:
         ValueError: a name or pattern in `skip` matches no convolution.
@@ -71,14 +72,15 @@ def find_sites(
     usage, modules = Usage.of(trace), dict(model.named_modules(remove_duplicate=False))
     found: list[Site] = []
     for module in model.modules():
-        if id(module) in inside or not is_convolution(module):
+        if id(module) in inside or not (is_convolution(module) or (linear and is_linear(module))):
             continue
         name, *aliases = own = names[id(module)]
         original, spec, reason = _examine(module, shared, bake, pointwise)
         calls = (trace.calls or {}).get(name, ())
         follows = usage.followed_by(own, modules)
         found.append(Site(name, spec, tuple(aliases), calls, reason, usage.count(own), follows, original))
-    return _skipped(_with_written(_with_functional(model, found, trace), trace), skip, modules)
+    functional = [conv for conv in trace.functional if linear or conv.function != LINEAR]
+    return _skipped(_with_written(_with_functional(found, functional, trace), trace), skip, modules)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -95,7 +97,7 @@ def _inside_convolutions(model: nn.Module) -> set[int]:
     for module in model.modules():
         if isinstance(module, SeparableConv):
             inside.update(map(id, module.modules()))
-        elif is_convolution(module):
+        elif is_convolution(module) or is_linear(module):
             inside.update(id(part) for part in module.modules() if part is not module)
     return inside
 
@@ -111,7 +113,7 @@ def _examine(
     """What a convolution equals and its numbers, where they are known, and why it cannot be split, if so."""
     found = equivalent(module)
     if isinstance(found, str):
-        if not isinstance(module, Convolution) or isinstance(module, LazyModuleMixin):
+        if not is_plain(module) or isinstance(module, LazyModuleMixin):
             return None, None, found
         return None, ConvSpec.of(module), _shape_reason(ConvSpec.of(module), pointwise) or found
     spec, weight = ConvSpec.of(found.conv), found.conv.weight
@@ -126,8 +128,10 @@ def _examine(
 def _shape_reason(spec: ConvSpec, pointwise: bool = False) -> str:
     if not spec.weight_params:
         return "without channels: its weight holds no numbers"
-    if spec.positions == 1 and not (pointwise and min(spec.in_channels, spec.out_channels) > spec.groups):
+    if spec.positions == 1 and spec.axes and not pointwise:
         return POINTWISE
+    if spec.positions == 1 and min(spec.in_channels, spec.out_channels) == spec.groups:
+        return POINTWISE if spec.axes else "one input or output: of rank 1 as it is"
     # One input channel by itself is a bank of filters, and so is each of a depthwise layer's with a multiplier.
     if spec.groups == spec.in_channels == spec.out_channels and spec.groups > 1:
         return "already depthwise"
@@ -147,14 +151,14 @@ def _weight_reason(weight: Tensor) -> str:
     return ""
 
 
-def _with_functional(model: nn.Module, sites: list[Site], trace: Trace) -> list[Site]:
+def _with_functional(sites: list[Site], functional: Sequence[FunctionalConv], trace: Trace) -> list[Site]:
     """Mark the modules whose weight an `F.conv2d` or the like uses, and append those that use no module's weight."""
     by_weight = {
         f"{name}.weight" if name else "weight": site for site in sites for name in (site.name, *site.aliases)
     }
     reasons: dict[str, str] = {}
     appended: list[Site] = []
-    for conv in trace.functional:
+    for conv in functional:
         owner = by_weight.get(conv.weight)
         if owner is not None:
             if owner.spec and conv.spec and owner.spec.transposed != conv.spec.transposed:

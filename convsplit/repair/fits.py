@@ -19,7 +19,7 @@ from convsplit.layers.separable import SeparableConv
 from convsplit.lowrank import CP
 from convsplit.repair.samples import Moments, Samples, take_samples
 from convsplit.repair.solve import Metric, Quadratic, best_bias, fit_factors, quadratics, with_last_stage
-from convsplit.spec import Axes, Convolution, ConvSpec
+from convsplit.spec import Axes, Convolution, ConvSpec, is_plain
 
 SMALL = 600  # unknowns up to which the products of a fit are computed on one thread
 MOST_UNKNOWNS = 5000  # inputs of a convolution, times kernel positions: what closed form is affordable for
@@ -162,8 +162,10 @@ class LastPointwise(Fit):
     def take(self, stop: Stop) -> Samples:
         *before, name = self.layer.stages
         last = self.layer.stages[name]
-        assert isinstance(last, Convolution)
-        return take_samples(last, stop, last.groups, lambda x, size: self.layer.through(before, x, self._told(size)))
+        assert is_plain(last)
+        return take_samples(
+            last, stop, self.layer.groups, lambda x, size: self.layer.through(before, x, self._told(size))
+        )
 
     def store(self, bias: Tensor) -> None:
         self.layer.load_factors(replace(self.factors, outputs=self.kernel.squeeze(3)).balanced())

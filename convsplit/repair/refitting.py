@@ -29,7 +29,7 @@ from convsplit.progress import track, warn
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.repair.samples import Moments, Samples
 from convsplit.repair.solve import Metric
-from convsplit.spec import CONVOLUTIONS, Convolution
+from convsplit.spec import CONVOLUTIONS, Convolution, ConvSpec
 
 MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in all
 STAGES = ("all", "last", "bias")
@@ -241,8 +241,10 @@ def _dense_layers(converted: nn.Module, originals: dict[str, nn.Module]) -> dict
 
 def _kernel(name: str, module: nn.Module) -> Tensor:
     """The kernel [G, O, I, K] that runs in the layer which was split; that may be a split one already."""
-    found = module if isinstance(module, SeparableConv) else equivalent(module)
+    if isinstance(module, SeparableConv):
+        return grouped(module.weight.detach(), module.groups, module.transposed)
+    found = equivalent(module)
     if isinstance(found, str):
         raise ValueError(f"{name} is split in converted, but in original {found}: not its conversion")
-    conv = found.conv if isinstance(found, Equivalent) else found
-    return grouped(conv.weight.detach(), conv.groups, conv.transposed)
+    spec = ConvSpec.of(found.conv)
+    return grouped(found.conv.weight.detach(), spec.groups, spec.transposed)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convsplit.data.moments import sampled_outputs, sampled_patches, thinning, tile_of
+from convsplit.data.moments import as_map, reader_of, sampled_outputs, sampled_patches, thinning, tile_of
 from convsplit.data.processes import all_reduced, reduced_numbers
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
@@ -115,21 +115,20 @@ def take_samples(
         ValueError: a batch led to NaN or infinite values (says which).
     """
     taken: list[Sample] = []
+    axes, reader = axes_of(reader), reader_of(reader)
     step, tile = (1,) * axes_of(reader), tile_of(reader)
-    for index, (inputs, answers, shortcuts) in enumerate(stop.values()):
-        if inputs.dim() == len(step) + 1:  # an image on its own
-            inputs, answers = inputs.unsqueeze(0), answers.unsqueeze(0)
-            shortcuts = shortcuts and (shortcuts[0].unsqueeze(0), shortcuts[1].unsqueeze(0))
-        size = answers.shape[2:]
+    for index, (given, answer, added) in enumerate(stop.values()):
+        answers, *shortcuts = (as_map(each, axes) for each in (answer, *(added or ())))
+        size = tuple(answers.shape[2:])
+        features = as_map(given if before is None else before(given, size), axes)
         if index == 0:
             unknowns = reader.in_channels * math.prod(reader.kernel_size)
             images = int(reduced_numbers(len(answers) * stop.calls)[0])
             step = thinning(size, images, unknowns, tile=tile)
-        answers, *added = (sampled_outputs(each, step, index, tile) for each in (answers, *(shortcuts or ())))
-        features = inputs if before is None else before(inputs, size)
+        answers, *shortcuts = (sampled_outputs(each, step, index, tile) for each in (answers, *shortcuts))
         patches = sampled_patches(reader, groups, features, size, step, index)
         whole = Overlap.of(reader, groups, size) if max(step) == 1 else None
-        sample = Sample(patches, answers, (added[0], added[1]) if added else None, whole)
+        sample = Sample(patches, answers, (shortcuts[0], shortcuts[1]) if shortcuts else None, whole)
         if not (_finite(sample.patches) and _finite(sample.answers)):
             raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
         taken.append(sample)

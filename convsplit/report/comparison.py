@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from convsplit.data.batches import batches_of
 from convsplit.forms import form_named
 from convsplit.kinds import equivalent
-from convsplit.layers.separable import SeparableConv
+from convsplit.layers.separable import SeparableConv, SeparableLinear
 from convsplit.measure.timing import Timing, conditions_of, time_models
 from convsplit.model.copies import scratch_copy
 from convsplit.model.graphs import Trace
@@ -38,7 +38,7 @@ from convsplit.report.reports import Report
 from convsplit.report.values import Drift, KeptLayer, LayerReport
 from convsplit.runtimes import Runtime
 from convsplit.runtimes.base import Prepare
-from convsplit.spec import Convolution, ConvSpec, parameter_count
+from convsplit.spec import ConvSpec, is_plain, parameter_count
 
 CANCELLING = 10.0  # of the kernel's norm: components above lose a digit of it to each other
 TIMED_SECONDS = 0.5  # of timing each of the two models, and once more for its layers
@@ -112,7 +112,7 @@ def compare(
         stored_bytes=(_bytes(original), _bytes(converted)),
         milliseconds=None if times is None else (times[0].total, times[1].total),
         conditions=None if times is None else conditions_of(before, first[0], runtime=runtime),
-        kept=tuple(_kept(before, set(seen.pairs))),
+        kept=tuple(_kept(before, seen.pairs)),
         notes=(*_notes(layers), *seen.notes(), *costs.notes),
     )
 
@@ -262,7 +262,7 @@ class _Comparison:
     def layer(self, name: str, costs: _Costs, times: list[Timing] | None) -> LayerReport:
         """What is known of one split layer."""
         original, layer = self.pairs[name]
-        dense = ConvSpec.of(original) if isinstance(original, Convolution) else layer.spec
+        dense = ConvSpec.of(original) if is_plain(original) else layer.spec
         timed = (times[0].layers[name], times[1].layers[name]) if times and name in times[0].layers else None
         return LayerReport(
             name, layer.form, layer.components, (dense.params, parameter_count(layer)), costs.layers.get(name),
@@ -364,8 +364,12 @@ def _bytes(model: nn.Module) -> int:
     return stored_bytes([value for value in values if not is_lazy(value)])
 
 
-def _kept(model: nn.Module, split: set[str]) -> Iterator[KeptLayer]:
-    """The convolutions that are not split, with the reason where the model shows it; only the plan knows of budgets."""
-    for site in find_sites(model, Trace()):
+def _kept(model: nn.Module, split: Pairs) -> Iterator[KeptLayer]:
+    """The convolutions that are not split, with the reason where the model shows it; only the plan knows of budgets.
+
+    Linear layers are told of where any was split.
+    """
+    linear = any(isinstance(layer, SeparableLinear) for _, layer in split.values())
+    for site in find_sites(model, Trace(), linear=linear):
         if site.name not in split:
             yield KeptLayer(site.name, site.spec.params if site.spec else 0, site.reason or "kept dense by the plan")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from convsplit.layers.separable import SeparableConv
 from convsplit.layers.stages import ChannelGather, ChannelSum
-from convsplit.spec import CONVOLUTIONS, padding_around
+from convsplit.spec import LAYERS, axes_of, padding_around
 
 OPSET, IR = 18, 9  # read by ONNX Runtime since 1.14 and by OpenVINO since 2023.0
 
@@ -51,8 +51,11 @@ class GraphOfLayers:
         return name
 
     def convolution(self, x: str, conv: Any, weight: Tensor | None = None, bias: Tensor | None = None) -> str:
-        """A convolution of any number of dimensions, with weights of its own or others."""
+        """A convolution of any number of dimensions, with weights of its own or others; or a linear layer."""
         weight = conv.weight if weight is None else weight
+        if isinstance(conv, nn.Linear):
+            y = self.add("MatMul", [x, self.constant(_array(weight.mT))])
+            return y if bias is None else self.add("Add", [y, self.constant(_array(bias))])
         shared = {"kernel_shape": list(weight.shape[2:]), "strides": list(conv.stride), "group": conv.groups,
                   "dilations": list(conv.dilation)}  # fmt: skip
         given = [self.constant(_array(weight)), *([] if bias is None else [self.constant(_array(bias))])]
@@ -96,7 +99,7 @@ def add_layer(graph: GraphOfLayers, x: str, layer: nn.Module, shape: Sequence[in
         for pad in pads:
             x = _sized(graph, x, pad, shape)
         return add_layer(graph, x, conv, shape)
-    if type(layer) in CONVOLUTIONS.values():
+    if type(layer) in LAYERS.values():
         plain: Any = layer
         return graph.convolution(x, plain, bias=plain.bias)
     raise TypeError(f"no ONNX graph of a {type(layer).__name__}")
@@ -105,11 +108,14 @@ def add_layer(graph: GraphOfLayers, x: str, layer: nn.Module, shape: Sequence[in
 def timing_graph(layer: nn.Module, shape: Sequence[int], copies: int) -> bytes:
     """Copies of a layer side by side, as the head of the module says."""
     graph = GraphOfLayers(shape)
+    *_, conv = layer.children() if isinstance(layer, nn.Sequential) else (layer,)
+    rows = axes_of(conv) == 0  # of a linear layer: nothing is turned
     channels = shape[1]
     ones = np.ones((channels, 1, *[1] * (len(shape) - 2)), np.float32)
-    start = graph.add("Conv", ["x", graph.constant(ones)], group=channels)
+    start = "x" if rows else graph.add("Conv", ["x", graph.constant(ones)], group=channels)
     for _ in range(copies):
-        graph.outputs.append(graph.add("GlobalAveragePool", [add_layer(graph, start, _other(layer), shape)]))
+        y = add_layer(graph, start, _other(layer), shape)
+        graph.outputs.append(graph.add("ReduceMean" if rows else "GlobalAveragePool", [y]))
     return graph.bytes()
 
 

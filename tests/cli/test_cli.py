@@ -57,6 +57,12 @@ def test_plan_prints_and_writes(folder: Path, capsys: pytest.CaptureFixture) -> 
     assert convsplit.Plan.load("plan.json") == made
 
 
+def test_linear_layers_are_split_where_they_are_asked_for(capsys: pytest.CaptureFixture) -> None:
+    for options, listed in (([], False), (["--linear"], True)):
+        assert main(["plan", "cli_model:net", "--budget", "params=0.5", *options]) == 0
+        assert ("4x16" in capsys.readouterr().out) == listed
+
+
 def test_from_plan_to_merged_weights(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", *NET, "--out", "plan.json"]) == 0
     assert main(["convert", *NET, "--plan", "plan.json", "--out", "small.safetensors"]) == 0

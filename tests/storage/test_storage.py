@@ -324,13 +324,13 @@ def test_another_architecture_is_named_in_every_detail(path: Path) -> None:
     save(converted_net(), path)
     other = small_net()
     other[0] = nn.Conv2d(3, 16, 3, stride=1, padding=1)
-    other[3] = nn.Linear(16, 24)
+    other[3] = nn.Flatten()
     other[4] = nn.ReLU()
     with pytest.raises(ValueError, match="does not fit this Sequential") as caught:
         load(path, other)
     text = str(caught.value)
     assert "'0' has {" in text
-    assert "the file splits '3', a convolution; in the model, a Linear is no convolution" in text
+    assert "the file splits '3', a convolution; in the model, a Flatten is no convolution" in text
     assert "'4' is SiLU in the file, ReLU in the model" in text
     assert "fresh instance of the model that was converted" in text
 
