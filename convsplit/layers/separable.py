@@ -131,7 +131,25 @@ class SeparableConv(nn.Module):
         return stages
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (some call conv(input=x))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(input, None)
         return self._run(input)
+
+    def _scripted(self, x: Tensor, output_size: list[int] | None) -> Tensor:
+        """The stages in the words that `torch.jit.script` compiles, which drops those that are not there."""
+        if hasattr(self, "gather"):
+            x = self.gather(x)  # type: ignore[operator]
+        if hasattr(self, "pointwise_in"):
+            x = self.pointwise_in(x)  # type: ignore[operator]
+        if hasattr(self, "pad"):
+            x = self.pad(x)  # type: ignore[operator]
+        if hasattr(self, "depthwise"):
+            x = self.depthwise(x)  # type: ignore[operator]
+        if hasattr(self, "pointwise_out"):
+            x = self.pointwise_out(x)  # type: ignore[operator]
+        if hasattr(self, "sum"):
+            x = self.sum(x)  # type: ignore[operator]
+        return x
 
     def _run(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         if self._arrangement == "stages" or not self._stages_are_plain():
@@ -590,6 +608,12 @@ class SeparableConv(nn.Module):
         return f"{text}, form={self.form!r}, {rank}"
 
 
+# Computed from what torch.jit.script does not know, and not needed by what it compiles.
+SeparableConv.__jit_unused_properties__ = [  # type: ignore[attr-defined]
+    name for name, value in vars(SeparableConv).items() if isinstance(value, property)
+]
+
+
 class SeparableConv1d(SeparableConv):
     """A depthwise-separable convolution with the arguments and the metadata of `nn.Conv1d`: see `SeparableConv2d`."""
 
@@ -713,8 +737,25 @@ class SeparableConvTranspose(SeparableConv):
         )  # fmt: skip
         self._build(spec, device, dtype, form=form, rank=rank, components=components)
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(input, output_size)
         return self._run(input, output_size)
+
+    def _scripted(self, x: Tensor, output_size: list[int] | None) -> Tensor:
+        if hasattr(self, "gather"):
+            x = self.gather(x)  # type: ignore[operator]
+        if hasattr(self, "depthwise"):
+            if hasattr(self, "pointwise_in"):
+                x = self.pointwise_in(x)  # type: ignore[operator]
+            x = self.depthwise(x, output_size)  # type: ignore[operator]
+        else:
+            x = self.pointwise_in(x, output_size)  # type: ignore[operator]
+        if hasattr(self, "pointwise_out"):
+            x = self.pointwise_out(x)  # type: ignore[operator]
+        if hasattr(self, "sum"):
+            x = self.sum(x)  # type: ignore[operator]
+        return x
 
 
 class SeparableConvTranspose1d(SeparableConvTranspose):

@@ -18,12 +18,15 @@ def pad_same(x: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -> Tens
 
     An odd number of rows or columns puts the extra one at the end, as TensorFlow does.
     """
-    # Rounded up without negative numbers: where sizes are symbols, ONNX divides towards zero and Python does not.
-    height, width = (
-        max(0, ((size + s - 1) // s - 1) * s + (k - 1) * d + 1 - size)
-        for size, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation, strict=True)
-    )
+    height = _missing(x.shape[-2], kernel_size[0], stride[0], dilation[0])
+    width = _missing(x.shape[-1], kernel_size[1], stride[1], dilation[1])
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+def _missing(size: int, kernel_size: int, stride: int, dilation: int) -> int:
+    """Zeros along one axis, on both sides together."""
+    # Rounded up without negative numbers: where sizes are symbols, ONNX divides towards zero and Python does not.
+    return max(0, ((size + stride - 1) // stride - 1) * stride + (kernel_size - 1) * dilation + 1 - size)
 
 
 class SamePad2d(nn.Module):
@@ -64,7 +67,6 @@ class ChannelIndex(nn.Module):
     (0, 0, 1, 3)
     """
 
-    channels: Tensor
     axes = 2
 
     def __init__(
@@ -73,6 +75,7 @@ class ChannelIndex(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.width, self.groups, self.axes = width, groups, axes
+        self.channels = torch.empty(0, dtype=torch.long)
         self.renumber(numbers, torch.empty(0, device=device).device)
 
     def renumber(self, numbers: Sequence[int], device: torch.device | str | None = None) -> None:
@@ -133,6 +136,8 @@ class ChannelGather(ChannelIndex):
     """Pick input channels, so that one true depthwise stage can give channels unequal multiplicities."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return torch.index_select(x, -1 - self.axes, self.channels.to(x.device))
         return torch.index_select(x, self.dim, self._on(x))
 
 
@@ -147,6 +152,8 @@ class ChannelSum(ChannelIndex):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(x)
         bias = cast("Tensor | None", self.bias)
         start = x.new_zeros(self.width) if bias is None else bias.to(x.dtype)
         # Broadcasting instead of reading x.shape: it works with and without a batch, and fx can trace it. A view, not
@@ -157,6 +164,14 @@ class ChannelSum(ChannelIndex):
         if torch.onnx.is_in_onnx_export() and torch._C._get_tracing_state() is not None:
             return self._by_gathers(start, x)
         return torch.index_add(start, self.dim, self._on(x), x)
+
+    def _scripted(self, x: Tensor) -> Tensor:
+        shape = list(x.shape)
+        shape[-1 - self.axes] = self.width
+        start = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        if self.bias is not None:
+            start = start + self.bias.to(x.dtype).view([-1] + [1] * self.axes)  # type: ignore[operator]
+        return torch.index_add(start, -1 - self.axes, self.channels.to(x.device), x)
 
     def _by_gathers(self, start: Tensor, x: Tensor) -> Tensor:
         """The same without adding to one place twice, which ONNX's older exporter refuses: ever the j-th of all."""

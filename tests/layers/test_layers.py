@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from convsplit import SeparableConv2d
 from convsplit.forms import FORMS
+from convsplit.layers import SeparableConv
 from convsplit.spec import ConvSpec
 
 KERNELS = [(1, 3), (3, 3), (5, 5), (7, 1), (2, 2)]
@@ -216,14 +218,22 @@ def test_channel_numbers_that_cannot_be_are_refused():
 
 
 @pytest.mark.parametrize("form", ["dw-pw", "pw-dw"])
-@pytest.mark.parametrize("unbatched", [False, True])
-def test_the_older_onnx_exporter(form, unbatched, tmp_path):
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("how", ["unbatched", "fixed", "dynamic"])
+def test_the_older_onnx_exporter(form, kind, how, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    layer = SeparableConv2d(6, 12, 3, padding=1, form=form, components=17).eval()
-    x = torch.randn(*([] if unbatched else [2]), 6, 7, 7)
-    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=False, input_names=["x"])
-    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
-    torch.testing.assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), layer(x).detach())
+    for bias in (True, False):
+        layer = SeparableConv.from_conv(kind(6, 12, 3, bias=bias), form=form, components=17).eval()
+        x = torch.randn(*([] if how == "unbatched" else [2]), 6, *[7] * layer.axes)
+        free = {"x": {0: "n", 2: "h"}} if how == "dynamic" else None
+        file = tmp_path / "layer.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls it deprecated
+            torch.onnx.export(layer, (x,), file, dynamo=False, input_names=["x"], dynamic_axes=free)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        for each in [x] if free is None else [x, torch.randn(3, 6, 9, *[7] * (layer.axes - 1))]:
+            found = torch.tensor(session.run(None, {"x": each.numpy()})[0])
+            torch.testing.assert_close(found, layer(each).detach())
 
 
 # What is written to the kernel
