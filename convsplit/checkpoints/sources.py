@@ -37,7 +37,8 @@ def read_state(source: Source) -> dict[str, Any]:
     if not any(isinstance(value, Tensor) for value in found.values()):
         keys = ", ".join(map(repr, list(found)[:8])) or "nothing"
         raise ValueError(f"no tensors in {where}, which has {keys}: give the part of it that is the state_dict")
-    state = OrderedDict(found)
+    # Tensors of no elements are what `convsplit.integrations` puts under a kernel's name, for others to stop at.
+    state = OrderedDict((k, v) for k, v in found.items() if not (isinstance(v, Tensor) and v.numel() == 0))
     if metadata := getattr(found, "_metadata", None):
         state._metadata = metadata  # type: ignore[attr-defined]  # versions that modules ask for when they load
     return state

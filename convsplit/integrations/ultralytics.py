@@ -27,6 +27,7 @@ from ultralytics.engine.model import Model
 from ultralytics.nn.tasks import BaseModel
 
 from convsplit.api import convert as convert_model
+from convsplit.integrations.folders import is_split
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
 from convsplit.progress import warn
@@ -62,7 +63,7 @@ def convert(yolo: Model, example_inputs: Tensor | None = None, **options: Any) -
 
     >>> from ultralytics import YOLO
     >>> half = convert(YOLO("yolov8n.yaml"), forms="dw-pw")
-    >>> is_split(half.model)
+    >>> any(isinstance(layer, SeparableConv) for layer in half.model.modules())
     True
     """
     if not isinstance(yolo, Model) or not isinstance(yolo.model, nn.Module):
@@ -88,11 +89,6 @@ def images(source: str | Path, *, size: int = 640, batch: int = 16) -> Iterator[
     for _, pictures, _ in LoadImagesAndVideos(str(source), batch=batch):
         padded = np.stack([square(image=picture) for picture in pictures])
         yield torch.from_numpy(padded[..., ::-1].copy()).permute(0, 3, 1, 2).float() / 255  # BGR to RGB
-
-
-def is_split(model: Any) -> bool:
-    """Whether something is a module with split layers."""
-    return isinstance(model, nn.Module) and any(isinstance(layer, SeparableConv) for layer in model.modules())
 
 
 def split_like(model: nn.Module, weights: nn.Module) -> None:

@@ -82,7 +82,17 @@ class ChannelIndex(nn.Module):
         """Exchange the numbers; they stay on their device unless another is given."""
         device = self.channels.device if device is None else device
         self.numbers = tuple(numbers)
-        self.channels = torch.tensor(self.numbers, dtype=torch.long, device=device)
+        vars(self)["channels"] = torch.tensor(self.numbers, dtype=torch.long, device=device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Loaders of other libraries assign what a state_dict holds by name; that must not leave `numbers` behind."""
+        if name == "channels" and "channels" in vars(self) and isinstance(value, Tensor) and not value.is_meta:
+            numbers = value.detach().flatten().double().round().tolist()
+            if problem := self.problem(numbers):
+                raise ValueError(f"channels {problem}")
+            self.renumber([int(number) for number in numbers], value.device)
+        else:
+            super().__setattr__(name, value)
 
     def problem(self, numbers: Sequence[float]) -> str:
         """Why these cannot be the channels; empty where they can."""

@@ -1,0 +1,74 @@
+"""Folders of models in the layout of hubs: what their weight files hold split, and a model made to hold it so.
+
+The structure is read off the names and shapes in the files, never off a config, so that a repair, fine-tuning or an
+edit after the conversion cannot make the two differ. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from convsplit.checkpoints import recognise
+from convsplit.checkpoints.names import aligned
+from convsplit.layers.separable import SeparableConv
+from convsplit.progress import warn
+from convsplit.storage import rebuild
+
+METHOD = "convsplit"  # what configs name as the way in which weights are stored
+
+
+def is_split(model: Any) -> bool:
+    """Whether something is a module with split layers."""
+    return isinstance(model, nn.Module) and any(isinstance(layer, SeparableConv) for layer in model.modules())
+
+
+def shapes_in(files: Iterable[str | Path]) -> dict[str, Tensor]:
+    """The tensors of weight files by name, on the meta device: their headers are all that is read of safetensors."""
+    found: dict[str, Tensor] = {}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
+        else:
+            found.update(torch.load(file, map_location="meta", weights_only=True))
+    return found
+
+
+def split_as_in(model: nn.Module, shapes: Mapping[str, Tensor]) -> None:
+    """Put empty split layers into a model, in place, wherever weight files hold a layer split.
+
+    Raises:
+        ValueError: the files hold stages that fit no convolution of the model; names each.
+    """
+    held = {name: tensor for name, tensor in shapes.items() if tensor.numel()}
+    layers = recognise(model, aligned(held, model))
+    for name, module in rebuild(model, layers).named_modules(remove_duplicate=False):
+        if isinstance(module, SeparableConv):
+            model.set_submodule(name, module)
+
+
+def guard(model: nn.Module) -> dict[str, Tensor]:
+    """A tensor of no elements under the name of a kernel that was split, to be stored among the others.
+
+    Loaders that know nothing of split layers give those they do not find random numbers, and say so in a line of a log;
+    a tensor of another size is what they stop at.
+    """
+    name = next(name for name, layer in model.named_modules() if isinstance(layer, SeparableConv))
+    return {f"{name}.weight": torch.empty(0)}
+
+
+def warn_of_lost(merged: nn.Module, built: nn.Module) -> None:
+    """Say which tensors of a merged model its class does not build: biases that a repair has added, above all."""
+    lost = sorted(set(merged.state_dict()) - set(built.state_dict()))
+    if lost:
+        warn(
+            f"{type(merged).__name__} builds no {', '.join(lost[:3])}{' and others' * (len(lost) > 3)}, which "
+            "from_pretrained will leave out: keep the model split, or save it with convsplit.save"
+        )
