@@ -50,7 +50,7 @@ _LEFT_BEHIND = {
 
 # Files of `convsplit.integrations`, by the package that a model's class comes from: their `settle` sees to it that a
 # converted model lives on there. By name, so that nothing is imported but beside a library that is.
-SETTLED_BY = ("ultralytics", "transformers", "diffusers", "segmentation_models_pytorch")
+SETTLED_BY = ("ultralytics", "transformers", "diffusers", "segmentation_models_pytorch", "lightning")
 
 
 @same_globals()

@@ -53,11 +53,11 @@ class SplitLoader(DiffusersQuantizer):
         split_as_in(model, self._shapes)
 
     def check_if_quantized_param(
-        self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
+        self, model: ModelMixin, param_value: Tensor, param_name: str, *_: Any, **__: Any
     ) -> bool:
         """Whether these are the channels of a layer, which are neither parameter nor buffer: see `ChannelIndex`."""
-        owner, _, name = param_name.rpartition(".")
-        return name == "channels" and isinstance(model.get_submodule(owner), ChannelIndex)
+        owner = model.get_submodule(param_name.rpartition(".")[0])
+        return param_name.endswith(".channels") and isinstance(owner, ChannelIndex)
 
     def create_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, target_device: torch.device, *_: Any, **__: Any

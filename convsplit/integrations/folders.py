@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from convsplit.checkpoints import recognise
 from convsplit.checkpoints.names import aligned
+from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
 from convsplit.progress import warn
-from convsplit.storage import rebuild
+from convsplit.storage import StoredLayer
 
 METHOD = "convsplit"  # what configs name as the way in which weights are stored
 
@@ -47,11 +48,33 @@ def split_as_in(model: nn.Module, shapes: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: the files hold stages that fit no convolution of the model; names each.
     """
-    held = {name: tensor for name, tensor in shapes.items() if tensor.numel()}
-    layers = recognise(model, aligned(held, model))
-    for name, module in rebuild(model, layers).named_modules(remove_duplicate=False):
-        if isinstance(module, SeparableConv):
-            model.set_submodule(name, module)
+    held = aligned({name: tensor for name, tensor in shapes.items() if tensor.numel()}, model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SeparableConv) and _shapes(module.state_dict(prefix=f"{name}.")) != _shapes(
+            {key: value for key, value in held.items() if key.startswith(f"{name}.")}
+        ):
+            model.set_submodule(name, module.merged())  # split otherwise: the files' way is put there next
+    for layer in recognise(model, held):
+        put_split(model, layer.name, layer)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def put_split(model: nn.Module, name: str, layer: StoredLayer | SeparableConv) -> None:
+    """Put an empty split layer, like another one, in the place of a convolution that it can stand for; in place."""
+    found = model.get_submodule(name)
+    original = equivalent(found)
+    if isinstance(found, SeparableConv) or isinstance(original, str):
+        return
+    bias = layer.bias is not None if isinstance(layer, SeparableConv) else layer.bias
+    empty = SeparableConv.empty_like(
+        original.conv, form=layer.form, components=layer.components, even=layer.even, bias=bias, pad=original.pad
+    )
+    for alias, module in list(model.named_modules(remove_duplicate=False)):
+        if module is found:
+            model.set_submodule(alias, empty)
 
 
 def guard(model: nn.Module) -> dict[str, Tensor]:

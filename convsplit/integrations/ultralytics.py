@@ -27,7 +27,7 @@ from ultralytics.engine.model import Model
 from ultralytics.nn.tasks import BaseModel
 
 from convsplit.api import convert as convert_model
-from convsplit.integrations.folders import is_split
+from convsplit.integrations.folders import is_split, put_split
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
 from convsplit.progress import warn
@@ -98,18 +98,13 @@ def split_like(model: nn.Module, weights: nn.Module) -> None:
     """
     own = dict(model.named_modules())
     for name, layer in weights.named_modules():
-        found = own.get(name)
-        if not isinstance(layer, SeparableConv) or found is None:
-            continue
-        original = equivalent(found)
-        if isinstance(original, str) or _without_bias(ConvSpec.of(original.conv)) != _without_bias(layer.spec):
-            continue
-        bias = layer.bias is not None
-        empty = SeparableConv.empty_like(
-            original.conv, form=layer.form, components=layer.components, even=layer.even, bias=bias, pad=original.pad
-        )
-        empty.arrangement = layer.arrangement
-        model.set_submodule(name, empty)
+        if isinstance(layer, SeparableConv) and name in own and _stands_for(layer, own[name]):
+            put_split(model, name, layer)
+
+
+def _stands_for(layer: SeparableConv, module: nn.Module) -> bool:
+    original = equivalent(module)
+    return not isinstance(original, str) and _without_bias(ConvSpec.of(original.conv)) == _without_bias(layer.spec)
 
 
 def _without_bias(spec: ConvSpec) -> ConvSpec:
