@@ -15,6 +15,7 @@ from convsplit.choose.plan import Plan
 from convsplit.cli.inputs import read_inputs
 from convsplit.cli.models import argument, imported, load_model
 from convsplit.cli.parser import did_you_mean
+from convsplit.cli.sources import EXAMPLES
 from convsplit.forms import KNOWN
 from convsplit.measure.speed import PREFERENCES
 from convsplit.measure.stopwatch import Stopwatch
@@ -27,12 +28,17 @@ TARGETS = ("drift", "agreement", "lost")
 def model_arguments(parser: ArgumentParser) -> None:
     """The model, its arguments and weights."""
     group = parser.add_argument_group("model")
-    group.add_argument("model", metavar="MODEL", help="package.module:callable, such as torchvision.models:resnet18")
+    group.add_argument(
+        "model", metavar="MODEL",
+        help="package.module:callable, such as my_package.nets:build; or a library's own, such as "
+        + ", ".join(EXAMPLES.values()),
+    )  # fmt: skip
     group.add_argument(
         "--model-arg", metavar="NAME=VALUE", action="append", default=[], type=_checked(argument),
         help="keyword argument of the callable; may be repeated",
     )  # fmt: skip
     group.add_argument("--weights", metavar="FILE", type=Path, help=".safetensors, or a checkpoint of plain tensors")
+    group.add_argument("--download", action="store_true", help="let the library fetch what is not on this disk")
 
 
 def input_arguments(parser: ArgumentParser) -> None:
@@ -120,7 +126,7 @@ def output_arguments(parser: ArgumentParser) -> None:
 
 def model_of(args: Namespace) -> nn.Module:
     """The model a command line names."""
-    return load_model(args.model, dict(args.model_arg), args.weights)
+    return load_model(args.model, dict(args.model_arg), args.weights, download=args.download)
 
 
 def inputs_of(args: Namespace) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from convsplit.cli.completion import SHELLS, completion_script
 from convsplit.cli.inspection import inspect_file
 from convsplit.cli.output import print_json, terminal_width, write, write_whole
 from convsplit.cli.parser import command
+from convsplit.cli.sources import source_of
 from convsplit.exports import SUFFIXES
 from convsplit.exports import export as export_model
 from convsplit.layers.separable import SeparableConv
@@ -73,23 +75,24 @@ def plan(args: Namespace) -> None:
 
 @command(
     model_arguments, choice_arguments, input_arguments, calibration_argument, seed_argument,
-    out_argument("the converted model, .safetensors", required=True), output_arguments,
+    out_argument("the converted model, .safetensors or what its library keeps", required=True), output_arguments,
 )  # fmt: skip
 def convert(args: Namespace) -> None:
     """Split the convolutions of a model and write it to a file.
 
-    Read the file back with convsplit.load(FILE, model). With --target agreement=0.99 the smallest model is searched for
-    that gives 99 % of the inputs of --calibrate the same class.
+    Read the file back with convsplit.load(FILE, model). Models of ultralytics may also go to a .pt file, those of
+    transformers, diffusers and smp to a folder, which the library opens itself. With --target agreement=0.99 the
+    smallest model is searched for that gives 99 % of the inputs of --calibrate the same class.
 
     example: convsplit convert torchvision.models:resnet18 --weights r18.pth --out smaller.safetensors
     """
-    _check_suffix(args.out, (".safetensors",))
+    keep = keeping(args.model, args.out)
     started = time.perf_counter()
     known = study_of(args, model_of(args), inputs_of(args))
     quality = quality_of(args)
     found = None if quality is None else known.search(quality, prefer=args.prefer).checked()
     chosen = plan_of(args, known) if found is None else found.plan
-    save(known.apply(chosen) if found is None else found.model, args.out)
+    keep(known.apply(chosen) if found is None else found.model)
     seconds = time.perf_counter() - started
     if args.json:
         searched = {} if found is None else {"search": json.loads(found.to_json())}
@@ -99,6 +102,20 @@ def convert(args: Namespace) -> None:
     else:
         tried = "" if found is None else f"\n\n{found.text(terminal_width())}"
         print(f"{_shown(chosen)}{tried}\n\nwritten to {args.out} in {seconds:.1f} s")
+
+
+def keeping(where: str, out: Path) -> Callable[[nn.Module], object]:
+    """How a converted model is written: in a file of convsplit's, or as the library that it comes from does.
+
+    Raises:
+        ValueError: `out` ends in nothing that is known.
+    """
+    found = source_of(where)
+    if found is not None and found[0].suffix == out.suffix:
+        return lambda converted: found[0].keep(converted, out, found[1])
+    own = [] if found is None or found[0].suffix is None else [found[0].suffix or "no suffix, for a folder"]
+    _check_suffix(out, (".safetensors", *own))
+    return lambda converted: save(converted, out)
 
 
 def _converted_argument(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Models from the command line: `package.module:callable`, its keyword arguments, and a file of weights."""
+"""Models from the command line: `library:name` or `package.module:callable`, arguments, and a file of weights."""
 
 from __future__ import annotations
 
@@ -15,23 +15,35 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from convsplit.cli.parser import did_you_mean
+from convsplit.cli.sources import SOURCES, build_from, source_of
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # what checkpoints call the weights inside them
 
 
-def load_model(where: str, arguments: Mapping[str, Any], weights: Path | None = None) -> nn.Module:
-    """Import and call `package.module:callable`, then load weights; the model comes back in eval mode.
+def load_model(
+    where: str, arguments: Mapping[str, Any], weights: Path | None = None, *, download: bool = False
+) -> nn.Module:
+    """Build `library:name` or call `package.module:callable`, then load weights; the model comes back in eval mode.
 
     Raises:
         ValueError: not of that form, the callable fails or returns no module, or the weights do not fit.
         ImportError: no such module.
     """
-    found = imported(where, "model", "torchvision.models:resnet18")
-    model = found if isinstance(found, nn.Module) else _call(where, found, arguments)
+    if source_of(where) is not None:
+        model = build_from(where, arguments, download)
+    else:
+        if download:
+            raise ValueError(f"--download is for {', '.join(SOURCES)}; {where} is called as it is")
+        model = _called(where, arguments)
     if weights is not None:
         load_weights(model, weights)
     model.eval()
     return model
+
+
+def _called(where: str, arguments: Mapping[str, Any]) -> nn.Module:
+    found = imported(where, "model", "torchvision.models:resnet18")
+    return found if isinstance(found, nn.Module) else _call(where, found, arguments)
 
 
 def imported(where: str, what: str, example: str) -> Any:
