@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from benchmarks.results import ERROR, POINTS, SCORE, Kind
+from benchmarks.results import DRIFT, POINTS, SCORE, Kind
 from convsplit.report.quality import wilson
 
-QUALITY: dict[str, Kind] = {"accuracy": SCORE, "points lost": POINTS, "agreement": SCORE, "drift": ERROR}
+QUALITY: dict[str, Kind] = {"accuracy": SCORE, "points lost": POINTS, "agreement": SCORE, "drift": DRIFT}
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ class Kind:
 
 
 COUNT = Kind("lower", relative=0.005)  # parameters, MACs: deterministic, but for a rank that a rounding turns
-ERROR = Kind("lower", relative=0.1, absolute=0.002)  # of fits and outputs: other processors round otherwise
-POINTS = Kind("lower", absolute=1.0)  # of accuracy lost: a point of 500 images is five of them
+ERROR = Kind("lower", relative=0.02, absolute=0.002)  # of fits: other processors round otherwise
+DRIFT = Kind("lower", relative=0.2, absolute=0.01)  # equally good fits differ in what they do to outputs
+POINTS = Kind("lower", relative=0.3, absolute=1.0)  # of accuracy lost: a point of 500 images is five of them
 SCORE = Kind("higher", absolute=1.0)  # accuracy and agreement in per cent
 FASTER = Kind("higher", relative=0.4)  # of times measured side by side in one run
 MULTIPLE = Kind("lower", relative=0.4)  # the same, where less is better

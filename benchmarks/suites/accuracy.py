@@ -110,7 +110,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=[*WAYS, DISTILLED])
 
 
-QUICK = {"kept": [0.25], "images": [256], "ways": ["no data", "calibrated and refitted"]}
+QUICK = {"kept": [0.5, 0.25], "images": [256], "ways": ["no data", "calibrated and refitted"]}
 DISTILLED = "calibrated, refitted and distilled"
 
 

@@ -39,9 +39,11 @@ STARTS, ITERATIONS = 3, 500
 def options(parser: ArgumentParser) -> None:
     add_options(parser)
     parser.add_argument("--parts", nargs="+", default=list(parts()), choices=list(parts()))
+    parser.add_argument("--starts", type=int, default=3, help="of parafac and of the other structures")
+    parser.add_argument("--iterations", type=int, default=500, help="of parafac")
 
 
-QUICK = {"parts": ["trained", "curve"], "depths": [20]}
+QUICK = {"parts": ["trained"], "starts": 1, "iterations": 25}
 
 
 def parts() -> dict[str, Callable[[Namespace], Sheet]]:
@@ -85,7 +87,8 @@ def trained(arguments: Namespace) -> Sheet:
             for form in (FORMS["dw-pw"], FORMS["pw-dw"]):
                 components = params // form.params(spec, 1)
                 svd.append(form.curve(kernel[None], [components]).errors[0] if components else 1.0)
-            slow = timed(lambda: parafac_error(kernel, rank, starts=STARTS, iterations=ITERATIONS))  # noqa: B023
+            effort = {"starts": arguments.starts, "iterations": arguments.iterations}
+            slow = timed(lambda: parafac_error(kernel, rank, **effort))  # noqa: B023
             fast = timed(lambda: cp(kernel[None], rank).error)  # noqa: B023
             theirs, ours = slow.result, fast.result
             rows.append(

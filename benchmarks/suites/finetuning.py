@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import convsplit
 from benchmarks.figures import compared
-from benchmarks.results import ERROR, POINTS, STORED, Sheet
+from benchmarks.results import DRIFT, POINTS, STORED, Sheet
 from benchmarks.subjects import ROOT, answers, load_networks
 from convsplit import Budget
 from convsplit.finetune.reconstruction import schedule
@@ -251,4 +251,4 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
     results = known()
     if not arguments.quick:
         picture(results)
-    yield Sheet("finetuning", table(results), ["network", "kept", "way"], {"points lost": POINTS, "drift": ERROR})
+    yield Sheet("finetuning", table(results), ["network", "kept", "way"], {"points lost": POINTS, "drift": DRIFT})
