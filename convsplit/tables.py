@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+MARGIN = 100  # columns of text at which words break, at least
 NARROWEST = 14  # columns of text that a left-aligned column is folded to before a table is stacked
 
 
@@ -34,6 +36,18 @@ def ratio(after: float | None, before: float | None) -> str:
 def percent(fraction: float | None) -> str:
     """A fraction as a percentage: `percent(0.25) == "25.0 %"`."""
     return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def changed(agreement: float) -> str:
+    """An agreement in plain words: `changed(0.992) == "of 1,000 inputs 8 get another top-1 class"`.
+
+    Where it is less than one of 1,000, of so many that it is one.
+    """
+    lost = 1 - agreement
+    if lost <= 0:
+        return "no input gets another top-1 class"
+    many = 1000 if round(1000 * lost) else round(1 / lost)
+    return f"of {many:,} inputs {round(many * lost)} get another top-1 class".replace(" 1 get ", " 1 gets ")
 
 
 def share(fraction: float | None) -> str:
@@ -59,11 +73,15 @@ def _three_digits(number: float) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows of text; columns named in `left` are aligned to the left, the others to the right."""
+    """Headings and rows of text; columns named in `left` are aligned to the left, the others to the right.
+
+    `words` say what the columns mean, and stand at the table's head.
+    """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: frozenset[str] = frozenset()
+    words: str = ""
 
     def rich(self) -> RichTable:
         """For a rich console."""
@@ -80,23 +98,29 @@ class Table:
     def text(self, width: int | None = None) -> str:
         """Plain text, as wide as it needs to be unless a width is given; too narrow for columns, rows are stacked."""
         if width is not None and width < self._narrowest():
-            return self._stacked()
+            return self._with_words(self._stacked(), width)
         console = Console(file=io.StringIO(), width=width or 1000, color_system=None, legacy_windows=False)
         with console.capture() as capture:
             console.print(self.rich())
-        return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
+        lines = [line.rstrip() for line in capture.get().splitlines()]
+        return self._with_words("\n".join(lines).strip("\n"), width or max(MARGIN, *map(len, lines)))
+
+    def _with_words(self, text: str, width: int) -> str:
+        return f"{textwrap.fill(self.words, width)}\n\n{text}" if self.words else text
 
     def markdown(self) -> str:
         """GitHub-flavoured Markdown."""
         rule = [":---" if heading in self.left else "---:" for heading in self.headings]
         lines = [self.headings, rule, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"{self.words}\n\n{rows}" if self.words else rows
 
     def html(self) -> str:
         """A plain HTML table, for notebooks."""
         sides = ["left" if heading in self.left else "right" for heading in self.headings]
         lines = [_html_row("th", self.headings, sides), *(_html_row("td", row, sides) for row in self.rows)]
-        return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
+        words = f"<caption style='text-align:left'>{escape(self.words)}</caption>" if self.words else ""
+        return f"<table>{words}<thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
 
     def csv(self) -> str:
         """Comma-separated values with a heading line."""

@@ -35,6 +35,7 @@ from convsplit.model.sites import find_sites
 from convsplit.model.values import class_scores, count_inputs, stored_bytes, tensors_in
 from convsplit.progress import track
 from convsplit.report.reports import Report
+from convsplit.report.sizes import bytes_on_disk
 from convsplit.report.values import Drift, KeptLayer, LayerReport
 from convsplit.runtimes import Runtime
 from convsplit.runtimes.base import Prepare
@@ -77,7 +78,7 @@ def compare(
 
     >>> import convsplit
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
-    >>> report = compare(convsplit.convert(model, exact=True), model, torch.randn(4, 8, 3, 3))
+    >>> report = compare(convsplit.convert(model, exact=True), model, torch.randn(64, 8, 3, 3))
     >>> report.agreement, report.drift.relative < 1e-5
     (1.0, True)
     """
@@ -110,6 +111,7 @@ def compare(
         agreement=seen.votes.agreement(),
         images=seen.inputs,
         stored_bytes=(_bytes(original), _bytes(converted)),
+        bytes_on_disk=_bytes_on_disk(original, converted),
         milliseconds=None if times is None else (times[0].total, times[1].total),
         conditions=None if times is None else conditions_of(before, first[0], runtime=runtime),
         kept=tuple(_kept(before, seen.pairs)),
@@ -362,6 +364,11 @@ def _bytes(model: nn.Module) -> int:
     """Of all tensors of the state_dict."""
     values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
     return stored_bytes([value for value in values if not is_lazy(value)])
+
+
+def _bytes_on_disk(original: nn.Module, converted: nn.Module) -> dict[str, tuple[int, int]]:
+    before, after = bytes_on_disk(original), bytes_on_disk(converted)
+    return {precision: (before[precision], after[precision]) for precision in before}
 
 
 def _kept(model: nn.Module, split: Pairs) -> Iterator[KeptLayer]:

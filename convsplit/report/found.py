@@ -11,7 +11,7 @@ from torch import nn
 from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
 from convsplit.report.quality import Quality, inputs_to_tell
-from convsplit.tables import Table, Tabular, count, percent, ratio, share
+from convsplit.tables import Table, Tabular, changed, count, percent, ratio, share
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Found(Tabular):
         if totals["model_macs_before"] and totals["model_macs_after"] is not None:
             saved += f", {ratio(totals['model_macs_after'], totals['model_macs_before'])} of its MACs"
         if self.budget.kind == "agreement":
-            what = f"of 1,000 inputs {1000 * quality.loss:.0f} get another top-1 class"
+            what = changed(1 - quality.loss)
         elif self.budget.kind == "drift":
             what = f"the output drifts by {share(quality.loss)} of its size"
         else:

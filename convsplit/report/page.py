@@ -10,9 +10,11 @@ from typing import Any
 from convsplit.report.curves import Curve, Frontier
 from convsplit.report.svg import Plot, axis, legend_key, percents
 from convsplit.report.values import Drift, LayerReport, Measured
-from convsplit.tables import count, milliseconds, percent, ratio, share, times_faster
+from convsplit.tables import changed, count, milliseconds, percent, ratio, share, times_faster
 
-SHAPES = {"dw-pw": (0, "circle"), "pw-dw": (1, "square"), "pw-dw-pw": (2, "triangle")}  # series and mark of each form
+SHAPES = {  # series and mark of each form
+    "dw-pw": (0, "circle"), "pw-dw": (1, "square"), "pw-dw-pw": (2, "triangle"), "pw-pw": (3, "hanging"),
+}  # fmt: skip
 MOST_CURVES = 24  # small plots on a page; the largest layers come first
 SIGNS = {"ready": "✓", "repair": "↻", "lost": "✕", "pointless": "–", "unknown": "?"}
 
@@ -52,6 +54,7 @@ def page(report: Measured, frontier: Frontier | None = None) -> str:
         more_curves=max(0, len(frontier.curves) - MOST_CURVES) if frontier else 0,
         forms=[(form, legend_key(kind, shape=shape, line=True)) for form, (kind, shape) in SHAPES.items()],
         count=count,
+        changed=changed,
     )
 
 
@@ -61,7 +64,7 @@ def _tiles(report: Measured) -> list[dict[str, Any]]:
     pairs: list[tuple[str, tuple[float, float] | None, Any, str]] = [
         ("Parameters", report.params, count, f"split layers {ratio(split[1], split[0])}"),
         ("MACs per input", report.macs, count, f"split layers {ratio(report.conv_macs[1], report.conv_macs[0])}"),
-        ("Bytes stored", report.stored_bytes, count, ""),
+        ("Bytes stored", report.stored_bytes, count, _on_disk(report)),
         ("Milliseconds", report.milliseconds, milliseconds, "first batch, median"),
     ]
     return [
@@ -72,6 +75,11 @@ def _tiles(report: Measured) -> list[dict[str, Any]]:
         for name, pair, show, more in pairs
         if pair is not None and pair[0]
     ]  # fmt: skip
+
+
+def _on_disk(report: Measured) -> str:
+    sizes = [f"{name} {count(after)}" for name, (_, after) in report.bytes_on_disk.items() if name != "float32"]
+    return f"in {', in '.join(sizes)}" if sizes else ""
 
 
 def _timed(report: Measured) -> bool:

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLES = {"dw-pw": ("C0", "o", "-"), "pw-dw": ("C1", "s", "--"), "pw-dw-pw": ("C2", "^", ":")}
+STYLES = {
+    "dw-pw": ("C0", "o", "-"),
+    "pw-dw": ("C1", "s", "--"),
+    "pw-dw-pw": ("C2", "^", ":"),
+    "pw-pw": ("C3", "v", "-."),
+}
 
 
 def plot_savings(report: Report) -> Figure:

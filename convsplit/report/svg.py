@@ -18,10 +18,11 @@ MARKS = {
     "circle": '<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>',
     "square": '<rect x="{x0:.1f}" y="{y0:.1f}" width="7.6" height="7.6"/>',
     "triangle": '<path d="M{x:.1f} {top:.1f}l4.9 8.4h-9.8z"/>',
+    "hanging": '<path d="M{x:.1f} {foot:.1f}l4.9 -8.4h-9.8z"/>',
     "diamond": '<path class="here" d="M{x:.1f} {y7:.1f}l7 7l-7 7l-7 -7z"/>',
     "ring": '<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="9"/>',
 }
-DASHES = ("", "7 4", "2 3")
+DASHES = ("", "7 4", "2 3", "9 3 2 3")
 
 
 def plainly(value: float) -> str:
@@ -116,7 +117,7 @@ class Plot:
     def mark(self, point: Point, title: str, kind: int = 0, shape: str = "circle") -> None:
         """Put a mark of series 0, 1 or 2 with a title."""
         x, y = self.at(point)
-        drawn = MARKS[shape].format(x=x, y=y, x0=x - 3.8, y0=y - 3.8, top=y - 5.2, y7=y - 7)
+        drawn = MARKS[shape].format(x=x, y=y, x0=x - 3.8, y0=y - 3.8, top=y - 5.2, foot=y + 5.2, y7=y - 7)
         self.parts.append(f'<g class="mark s{kind}"><title>{escape(title)}</title>{drawn}</g>')
 
     def label(self, point: Point, text: str, *, right: bool | None = None) -> None:
@@ -161,6 +162,6 @@ def legend_key(kind: int, *, shape: str = "", line: bool = False) -> str:
         dashes = f' stroke-dasharray="{DASHES[kind]}"' if DASHES[kind] else ""
         drawn += f'<line class="line s{kind}"{dashes} x1="1" x2="27" y1="7" y2="7"/>'
     if shape:
-        mark = MARKS[shape].format(x=14, y=7, x0=10.2, y0=3.2, top=1.8, y7=0)
+        mark = MARKS[shape].format(x=14, y=7, x0=10.2, y0=3.2, top=1.8, foot=12.2, y7=0)
         drawn += f'<g class="mark s{kind}">{mark}</g>'
     return f'<svg class="key" aria-hidden="true" viewBox="0 0 28 14" width="28" height="14">{drawn}</svg>'

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from convsplit.choose.plan import Conditions
@@ -23,6 +23,7 @@ from convsplit.report.verdict import Evidence, Verdict, judge
 from convsplit.tables import (
     Table,
     Tabular,
+    changed,
     count,
     milliseconds,
     percent,
@@ -34,6 +35,12 @@ from convsplit.tables import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+LAYER_WORDS = (
+    "MACs: multiply-accumulates per input. Errors are relative, 0.1 being a tenth of the size: weight error, of the "
+    "kernel; local, of the layer's output when both models' layers get what the original passes on, so its own fault; "
+    "accumulated, of its output within its own model, so with all that comes before it."
+)
+TIME_WORDS = " ms: of the first batch, within each model."
 FORMAT = 1  # raised when the JSON of reports changes so that older versions cannot read it
 
 
@@ -94,7 +101,8 @@ class Measured(Tabular):
     """What a conversion saved and how far the output moved, measured.
 
     `params`, `macs` (per input), `conv_params` and `conv_macs` are before and after: of the whole model, and of the
-    layers that were split; likewise `stored_bytes` of all tensors, and `milliseconds` of the first batch where they
+    layers that were split; likewise `stored_bytes` of all tensors as they are, `bytes_on_disk` as they would be in
+    "float32", "float16" and "int8" (see `convsplit.report.sizes`), and `milliseconds` of the first batch where they
     were measured, under `conditions`. `drift` is that of the model's output, `agreement` the share of inputs with the
     same top-1 class (None where no output is known to be class scores); `images` is the number of inputs it was
     measured on.
@@ -112,6 +120,7 @@ class Measured(Tabular):
     conditions: Conditions | None = None
     kept: tuple[KeptLayer, ...] = ()
     notes: tuple[str, ...] = ()
+    bytes_on_disk: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -158,8 +167,9 @@ class Measured(Tabular):
             "MACs per input, whole model": self.macs,
         }
         rows = [[what, count(before), count(after), ratio(after, before)] for what, (before, after) in pairs.items()]
-        stored, stored_after = self.stored_bytes
-        rows.append(["bytes stored", count(stored), count(stored_after), ratio(stored_after, stored)])
+        sizes = {"bytes as stored": self.stored_bytes}
+        sizes |= {f"bytes on disk, {precision}": pair for precision, pair in self.bytes_on_disk.items()}
+        rows += [[what, count(before), count(after), ratio(after, before)] for what, (before, after) in sizes.items()]
         if self.milliseconds:
             slow, fast = self.milliseconds
             rows.append(["milliseconds, first batch", milliseconds(slow), milliseconds(fast), ratio(fast, slow)])
@@ -170,7 +180,13 @@ class Measured(Tabular):
         timed = any(layer.milliseconds for layer in self.layers)
         headings = ["layer", "form", "R", "params", "->", "kept", "MACs/input", " ->"]
         headings += [*(["ms", "  ->", "faster"] if timed else []), "weight error", "local", "accumulated"]
-        return Table(headings, [_row(layer, timed) for layer in self.layers], frozenset({"layer", "form"}))
+        rows = [_row(layer, timed) for layer in self.layers]
+        return Table(headings, rows, frozenset({"layer", "form"}), self.words(timed) if rows else "")
+
+    @staticmethod
+    def words(timed: bool) -> str:
+        """What the columns of the layers mean, with their units."""
+        return LAYER_WORDS + TIME_WORDS * timed
 
     def summary(self) -> str:
         """The verdict and the drift of the output in words."""
@@ -181,7 +197,7 @@ class Measured(Tabular):
                 f"cosine {self.drift.cosine:.4f}, max abs {share(self.drift.max_abs)}, SNR {self.drift.snr_db:.1f} dB"
             )
         if self.agreement is not None:
-            lines.append(f"top-1 agreement with the original: {percent(self.agreement)}")
+            lines.append(f"top-1 agreement with the original: {percent(self.agreement)}; {changed(self.agreement)}")
         if self.conditions is not None:
             lines.append(f"milliseconds of {self.conditions}")
         return "\n".join([*lines, *self.notes])
@@ -211,9 +227,11 @@ class Measured(Tabular):
             times, size = data.pop("milliseconds"), _pair(data.pop("stored_bytes"))
             kept = tuple(KeptLayer(**layer) for layer in data.pop("kept"))
             found = data.pop("conditions", None)
+            sizes = {name: _pair(pair) for name, pair in data.pop("bytes_on_disk", {}).items()}
             return cls(
                 layers=layers, params=params, macs=macs, drift=drift, notes=notes, kept=kept, stored_bytes=size,
-                milliseconds=_times(times), conditions=None if found is None else Conditions(**found), **data,
+                milliseconds=_times(times), conditions=None if found is None else Conditions(**found),
+                bytes_on_disk=sizes, **data,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a report of convsplit: {type(error).__name__}: {error}") from error

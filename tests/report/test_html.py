@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 import convsplit
+from convsplit.forms import FORMS
+from convsplit.report.page import SHAPES
+from convsplit.report.plots import STYLES
+from convsplit.report.svg import DASHES, MARKS
 
 pytest.importorskip("jinja2")
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -96,3 +100,20 @@ def test_page_of_a_report_without_drift_or_layers(results: tuple, tmp_path: Path
     exact = convsplit.report.Drift(0.0, 1.0, 0.0)
     perfect = replace(results[0].layers[0], local=exact, accumulated=exact)
     assert "inf dB" in page_of(replace(results[0], layers=(perfect,), drift=exact), None, tmp_path)
+
+
+def test_every_form_is_drawn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16, 8)).eval()
+    inputs, forms = torch.randn(2, 8, 3, 3), (*FORMS, "pw-pw")
+    report = convsplit.compare(convsplit.convert(model, forms=forms, linear=True), model, inputs)
+    assert {layer.form for layer in report.layers} >= {"pw-pw"}
+    text = page_of(
+        report, convsplit.frontier(model, inputs[:1], budgets=(0.7, 0.5), forms=forms, linear=True), tmp_path
+    )
+    assert text.count("pw-pw") > 3
+    assert 'class="mark s3"' in text
+    for form, (_, shape) in SHAPES.items():
+        assert form in {*FORMS, "pw-pw"}
+        assert shape in MARKS
+    assert len(DASHES) == len(SHAPES) == len(STYLES)

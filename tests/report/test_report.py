@@ -16,9 +16,10 @@ from torch.nn import functional as F
 import convsplit
 from convsplit.model.values import stored_bytes
 from convsplit.report import Drift
+from convsplit.report.sizes import bytes_on_disk
 from convsplit.report.svg import axis, log_ticks, round_ticks
 from convsplit.report.verdict import Evidence, judge
-from convsplit.tables import Table, count, percent
+from convsplit.tables import Table, changed, count, percent
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 
@@ -411,3 +412,47 @@ def test_numbers_have_one_format() -> None:
     assert [count(n) for n in (0, 999, 1000, 999999, 2.5e9)] == ["0", "999", "1.00 k", "1.00 M", "2.50 G"]
     assert percent(None) == "-"
     assert Table(["a"], [["x|y"]]).markdown().endswith("x\\|y |")
+
+
+def test_bytes_on_disk_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16, 4)).half()
+    weights, rest = 3 * 16 * 9 + 16 * 4, 4 * 16 + 4  # a norm's four rows, a bias; and a counter in int64
+    assert bytes_on_disk(model) == {
+        "float32": 4 * (weights + rest) + 8,
+        "float16": 2 * (weights + rest) + 8,
+        "int8": weights + 4 * (16 + 4) + 4 * rest + 8,
+    }
+    tied = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    assert bytes_on_disk(tied)["float32"] == 4 * 40
+    for precision, size in bytes_on_disk(small_model()).items():
+        if precision != "int8":
+            kept = small_model().to(getattr(torch, precision))
+            assert size == stored_bytes(list(kept.state_dict().values()))
+
+
+def test_report_tells_sizes_units_and_plain_words(report: convsplit.report.Report) -> None:
+    assert list(report.bytes_on_disk) == ["float32", "float16", "int8"]
+    assert report.bytes_on_disk["float32"] == report.stored_bytes
+    assert all(after < before for before, after in report.bytes_on_disk.values())
+    for text in (str(report), report.to_markdown(), report._repr_html_(), report.text(60)):
+        assert "bytes on disk, int8" in text
+        words = " ".join(text.split())
+        assert "MACs: multiply-accumulates per input." in words
+        assert "local, of the layer's output when" in words.replace("&#x27;", "'")
+        assert words.index("MACs: multiply-accumulates") < words.index("dw-pw")
+    told = replace(report, agreement=0.992)
+    assert "of 1,000 inputs 8 get another top-1 class" in str(told)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "words"),
+    [
+        (1.0, "no input gets another top-1 class"),
+        (0.992, "of 1,000 inputs 8 get another top-1 class"),
+        (0.999, "of 1,000 inputs 1 gets another top-1 class"),
+        (0.9998, "of 5,000 inputs 1 gets another top-1 class"),
+    ],
+)
+def test_agreement_in_plain_words(agreement: float, words: str) -> None:
+    assert changed(agreement) == words
