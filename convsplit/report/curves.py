@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from convsplit.choose.budget import Budget
@@ -82,12 +82,30 @@ class FrontierPoint:
 class Frontier(Tabular):
     """The whole curve of budget against drift, largest budget first; prints as a table.
 
-    `curves` hold the options of every layer, which all budgets share; `notes` name the budgets that cannot be met.
+    `curves` hold the options of every layer, which all budgets share; `notes` name the budgets that cannot be met;
+    `chosen` is the point that was taken, if one was: see `choosing`.
     """
 
     points: tuple[FrontierPoint, ...]
     curves: tuple[Curve, ...] = ()
     notes: tuple[str, ...] = ()
+    chosen: FrontierPoint | None = None
+
+    def choosing(self, budget: Budget) -> Frontier:
+        """The same with the point of a budget marked as the chosen one.
+
+        Raises:
+            ValueError: there is no such point; says which there are.
+        """
+        for point in self.points:
+            if point.budget == budget:
+                return replace(self, chosen=point)
+        raise ValueError(f"{budget!r} is none of the budgets here: {', '.join(repr(p.budget) for p in self.points)}")
+
+    def kept_by(self, split: tuple[int, int]) -> float | None:
+        """The fraction of the splittable parameters kept by a conversion whose split layers had and have so many."""
+        splittable = self.points[0].plan.totals()["params_before"] if self.points else None
+        return 1 - (split[0] - split[1]) / splittable if splittable else None
 
     @property
     def measured(self) -> bool:
@@ -105,7 +123,7 @@ class Frontier(Tabular):
         return _knee(self.points)
 
     def table(self) -> Table:
-        """One row per budget; a star marks the knee."""
+        """One row per budget; a star marks the knee and the chosen one."""
         drifts = ["before repair", "drift"] if self.repaired else ["drift"]
         headings = ["budget", "params kept", "MACs kept", "largest error", *drifts, "agreement", "split", ""]
         return Table(headings, [self._row(point) for point in self.points], frozenset({"budget", ""}))
@@ -113,14 +131,16 @@ class Frontier(Tabular):
     def summary(self) -> str:
         """The knee and the notes in words."""
         lines = list(self.notes)
+        what = "measured drift" if self.measured else "largest predicted error"
         if self.knee is not None:
-            what = "measured drift" if self.measured else "largest predicted error"
             lines.insert(0, f"the knee is at {self.knee.budget!r}: {what} {share(self.knee.moved)}")
+        if self.chosen is not None:
+            lines.insert(0, f"chosen: {self.chosen.budget!r}, {what} {share(self.chosen.moved)}")
         return "\n".join(lines)
 
     def records(self) -> list[dict[str, Any]]:
         """One dict of plain values per budget."""
-        return [_record(point, point is self.knee) for point in self.points]
+        return [_record(point, point is self.knee, point is self.chosen) for point in self.points]
 
     def to_json(self) -> str:
         """Budgets and the curves of all layers."""
@@ -129,10 +149,11 @@ class Frontier(Tabular):
 
     def _row(self, point: FrontierPoint) -> list[str]:
         before = [share(point.unrepaired)] if self.repaired else []
+        marks = [name for name, marked in (("chosen", self.chosen), ("knee", self.knee)) if point is marked]
         return [
             f"{point.budget.kind}={point.budget.fraction:g}", percent(point.kept), percent(point.macs_kept),
             share(point.largest_error), *before, share(point.drift), percent(point.agreement),
-            count(len(point.plan.split)), "* knee" if point is self.knee else "",
+            count(len(point.plan.split)), f"* {', '.join(marks)}" if marks else "",
         ]  # fmt: skip
 
 
@@ -168,7 +189,7 @@ def _fraction(plan: Plan, what: str) -> float | None:
     return None if not pairs or None in before or None in after else sum(after) / max(1, sum(before))
 
 
-def _record(point: FrontierPoint, knee: bool) -> dict[str, Any]:
+def _record(point: FrontierPoint, knee: bool, chosen: bool) -> dict[str, Any]:
     return {
         "budget": point.budget.kind,
         "fraction": point.budget.fraction,
@@ -180,4 +201,5 @@ def _record(point: FrontierPoint, knee: bool) -> dict[str, Any]:
         "agreement": point.agreement,
         "split": len(point.plan.split),
         "knee": knee,
+        "chosen": chosen,
     }

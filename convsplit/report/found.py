@@ -10,6 +10,7 @@ from torch import nn
 
 from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
+from convsplit.report.curves import Frontier, FrontierPoint
 from convsplit.report.quality import Quality, inputs_to_tell
 from convsplit.tables import Table, Tabular, changed, count, percent, ratio, share
 
@@ -63,6 +64,19 @@ class Found(Tabular):
     @property
     def plan(self) -> Plan:
         return self.chosen.plan
+
+    @property
+    def frontier(self) -> Frontier:
+        """What was tried as a curve, the chosen one marked: for `plots.plot_frontier` and a report's page."""
+        kept = sorted(self.trials, key=lambda trial: -trial.budget.fraction)
+        points = {
+            id(trial): FrontierPoint(
+                trial.plan, float(trial.plan.totals()["largest_error"] or 0.0), trial.quality.drift,
+                1 - trial.quality.loss if self.budget.kind == "agreement" else None,
+            )
+            for trial in kept
+        }  # fmt: skip
+        return Frontier(tuple(points.values()), chosen=points[id(self.chosen)])
 
     @property
     def met(self) -> bool:

@@ -196,6 +196,10 @@ def _budget(frontier: Frontier, report: Measured) -> Figure:
     if frontier.knee is not None:
         plot.mark((frontier.knee.kept, frontier.knee.moved), f"knee: {frontier.knee.budget!r}", 0, "ring")
         plot.label((frontier.knee.kept, frontier.knee.moved), "knee", right=True)
+    if frontier.chosen is not None:
+        place = (frontier.chosen.kept, frontier.chosen.moved)
+        plot.mark(place, f"chosen: {frontier.chosen.budget!r}, drift {share(frontier.chosen.drift)}", 3, "diamond")
+        legend.append((legend_key(3, shape="diamond"), "chosen"))
     if here is not None:
         plot.mark(here, f"this report: {percents(here[0])} kept, drift {share(here[1])}", 2, "diamond")
         legend.append((legend_key(2, shape="diamond"), "this report"))
@@ -205,11 +209,10 @@ def _budget(frontier: Frontier, report: Measured) -> Figure:
 
 def _place(frontier: Frontier, report: Measured) -> tuple[float, float] | None:
     """Where a report lies among the budgets: the fraction of the splittable parameters it keeps, and its drift."""
-    splittable = sum(curve.params for curve in frontier.curves)
-    if report.drift is None or not _known(report.drift) or not splittable:
+    kept = frontier.kept_by(report.conv_params)
+    if report.drift is None or not _known(report.drift) or kept is None:
         return None
-    before, after = report.conv_params
-    return (1 - (before - after) / splittable, report.drift.relative)
+    return (kept, report.drift.relative)
 
 
 def _curves(report: Measured, frontier: Frontier | None) -> list[tuple[str, str]]:

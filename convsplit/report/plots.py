@@ -48,8 +48,11 @@ def plot_depth(report: Report) -> Figure:
     return _finished(figure, axes, "How drift travels through the network")
 
 
-def plot_frontier(frontier: Frontier) -> Figure:
-    """What is kept against predicted error and measured drift, before and after repair; a ring marks the knee."""
+def plot_frontier(frontier: Frontier, report: Report | None = None) -> Figure:
+    """What is kept against predicted error and measured drift, before and after repair; a ring marks the knee.
+
+    Diamonds mark the chosen point and the conversion of a report.
+    """
     figure, axes = _figure(xlabel="fraction of the splittable parameters kept", ylabel="drift or error")
     kept = [point.kept for point in frontier.points]
     if frontier.measured:
@@ -64,6 +67,11 @@ def plot_frontier(frontier: Frontier) -> Figure:
     if frontier.knee is not None:
         place = ([frontier.knee.kept], [frontier.knee.moved])
         axes.plot(*place, "o", markersize=16, fillstyle="none", color="black", label="knee")
+    if frontier.chosen is not None:
+        axes.plot([frontier.chosen.kept], [frontier.chosen.moved], "D", markersize=9, color="C3", label="chosen")
+    here = None if report is None else frontier.kept_by(report.conv_params)
+    if report is not None and report.drift is not None and here is not None:
+        axes.plot([here], [report.drift.relative], "d", markersize=9, color="C4", label="this report")
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     return _finished(figure, axes, "Budget against drift")

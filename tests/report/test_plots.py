@@ -54,3 +54,19 @@ def test_a_repaired_frontier_shows_both_lines(results) -> None:
         "measured drift of the output, repaired", "measured drift before repair",
     }  # fmt: skip
     assert not results[1].repaired
+
+
+def test_the_chosen_point_is_marked(results: tuple[convsplit.report.Report, convsplit.report.Frontier]) -> None:
+    report, frontier = results
+    budget = convsplit.Budget(params=0.5)
+    chosen = frontier.choosing(budget)
+    assert "chosen: Budget(params=0.5), measured drift" in chosen.summary()
+    assert [row[-1].startswith("* chosen") for row in chosen.table().rows] == [False, True, False]
+    assert [record["chosen"] for record in chosen.records()] == [False, True, False]
+    marks = {line.get_label(): line for line in plots.plot_frontier(chosen, report).axes[0].lines}
+    assert list(marks["chosen"].get_ydata()) == [chosen.points[1].drift]
+    assert list(marks["this report"].get_ydata()) == [report.drift.relative]
+    assert 0 < marks["this report"].get_xdata()[0] < 1
+    assert "chosen" not in str(frontier)
+    with pytest.raises(ValueError, match=r"Budget\(params=0.4\) is none of the budgets here: Budget\(params=0.8\)"):
+        frontier.choosing(convsplit.Budget(params=0.4))

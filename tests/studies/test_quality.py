@@ -74,6 +74,11 @@ def test_agreement_has_an_error_bar_and_the_verdict_says_so(known: Any) -> None:
     _, held = hold_out(known.batches, 1 / 3)
     assert convsplit.compare(found.model, net(), held).agreement == pytest.approx(1 - quality.loss)
     assert json.loads(found.to_json())["met"]
+    curve = found.frontier
+    assert len(curve.points) == len(found.trials)
+    assert curve.chosen.plan is found.plan
+    assert curve.chosen.drift == quality.drift
+    assert "* chosen" in str(curve)
 
 
 @pytest.mark.parametrize(
