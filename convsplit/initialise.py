@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convsplit.data.moments import Marginals, whitened
+from convsplit.data.moments import Assumed, Marginals, whitened
 from convsplit.forms import CP, Factors, form_named, grouped
 from convsplit.layers.separable import SeparableConv
 from convsplit.lowrank import ends_early
@@ -22,13 +22,13 @@ def initialise_each(
     convs: Sequence[Convolution],
     *,
     fits: Sequence[Sequence[CP]],
-    marginals: Sequence[Marginals | None],
+    marginals: Sequence[Marginals | Assumed | None],
     seed: int = 0,
 ) -> None:
     """Fill layers of one form and kernel shape with factors of the weights of `convs`, and copy the biases.
 
-    `fits` of each come from its error curve, in the metric of its `marginals`. CP starts there in that metric, and
-    where it has few sweeps. Small kernels without a metric converge from singular vectors too: the errors are as small,
+    `fits` of each come from its error curve, in the metric of its `marginals`. CP starts there in a measured metric,
+    and where it has few sweeps. Without one, small kernels converge from singular vectors too: the errors are as small,
     but outputs of a trained network drift less (benchmarks/results/accuracy.md).
 
     Raises:
@@ -45,7 +45,7 @@ def initialise_each(
             kernel = whitened(kernel, *known.roots(mix_channels=form.expands)).to(kernel.dtype)
         kernels.append(kernel)
     starts = [
-        own if known is not None or ends_early(kernel.shape, layer.components // layer.groups) else ()
+        own if isinstance(known, Marginals) or ends_early(kernel.shape, layer.components // layer.groups) else ()
         for own, known, kernel, layer in zip(fits, marginals, kernels, layers, strict=True)
     ]
     found = form.factorise_each(
@@ -57,7 +57,7 @@ def initialise_each(
             layer.bias.copy_(conv.bias)
 
 
-def unwhitened(factors: Factors, marginals: Marginals, *, mix_channels: bool) -> Factors:
+def unwhitened(factors: Factors, marginals: Marginals | Assumed, *, mix_channels: bool) -> Factors:
     """Factors of a kernel W from those of `whitened` W: the roots are undone in the stages that meet the inputs.
 
     Where each component reads one input channel the root of the channels is diagonal, and its number for that channel
@@ -65,6 +65,8 @@ def unwhitened(factors: Factors, marginals: Marginals, *, mix_channels: bool) ->
     """
     channels, positions = marginals.roots(mix_channels=mix_channels)
     spatial = factors.spatial @ positions.inverse.to(factors.spatial)
+    if channels is None:
+        return replace(factors, spatial=spatial).balanced()
     if factors.inputs is not None:
         inputs = factors.inputs @ channels.inverse.to(factors.inputs)
         return replace(factors, spatial=spatial, inputs=inputs).balanced()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsplit.choose.plan import Plan, PlannedLayer
-from convsplit.data.moments import Marginals
+from convsplit.data.moments import Assumed, Marginals
 from convsplit.forms import CP
 from convsplit.initialise import initialise_each
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_linear, is_weight_hook
@@ -62,7 +62,7 @@ def apply_plan(
     initialise: bool = True,
     progress: bool | None = None,
     fits: Mapping[str, Sequence[CP]] | None = None,
-    marginals: Mapping[str, Marginals] | None = None,
+    marginals: Mapping[str, Marginals | Assumed] | None = None,
 ) -> M:
     """A deep copy of the model with the layers of the plan split; the model itself is not touched.
 
@@ -74,7 +74,8 @@ def apply_plan(
             factorised and the model may be on the meta device.
         progress: show a progress bar; by default only on a terminal.
         fits: of each layer's kernel, from its menu, to start from.
-        marginals: of each layer's inputs, the metric in which it is factorised.
+        marginals: of each layer's inputs, the metric in which it is factorised; by default what is assumed of inputs
+            that nobody has shown.
 
     Returns:
         a module of the model's own class, with `SeparableConv` layers under the names of those they replace. Forward
@@ -97,7 +98,7 @@ def apply_plan(
     originals = _originals(model, plan)
     replacements = {layer.name: _empty(originals[layer.name], layer) for layer in plan.split}
 
-    known, metrics = fits or {}, marginals or {}
+    known, metrics = fits or {}, _assumed(plan, originals) if marginals is None else marginals
 
     def factorise(names: list[str]) -> list[None]:
         initialise_each(
@@ -113,6 +114,18 @@ def apply_plan(
         )  # fmt: skip
     _warn_of_rebuilding(model, set(replacements))
     return copy_with(model, replacements)
+
+
+def _assumed(plan: Plan, originals: Mapping[str, Equivalent]) -> dict[str, Assumed]:
+    """Of the layers that are not split exactly: those are so in any metric, to the last digit in the plain one."""
+    return {
+        layer.name: Assumed.of(layer.spec, originals[layer.name].conv.weight.device)
+        for layer in plan.split
+        if layer.spec is not None
+        and layer.spec.positions > 1
+        and layer.option is not None
+        and layer.option.error != 0
+    }
 
 
 def _kind(layer: SeparableConv) -> tuple[object, ...]:

@@ -33,7 +33,7 @@ from convsplit.choose.options import (
 from convsplit.choose.plan import Conditions, Plan, planned_layers
 from convsplit.choose.search import MOST
 from convsplit.data.batches import Checked, checked_batches, hold_out
-from convsplit.data.moments import Marginals, measure_marginals
+from convsplit.data.moments import Assumed, Marginals, measure_marginals
 from convsplit.data.sensitivity import measure_gains
 from convsplit.forms import CP, Form
 from convsplit.kinds import is_linear
@@ -54,7 +54,7 @@ from convsplit.report.frontier import measured_point, planned_point
 from convsplit.report.quality import HeldOut
 from convsplit.rewrite import apply_plan
 from convsplit.searches import Finetune, find_cheapest
-from convsplit.spec import parameter_count
+from convsplit.spec import ConvSpec, parameter_count
 from convsplit.structure import forms_named
 from convsplit.tables import Table, Tabular, count
 
@@ -191,13 +191,18 @@ class Study(Tabular, Generic[M]):
         ]
 
     @cached_property
-    def marginals(self) -> dict[str, Marginals] | None:
-        """The metric of the inputs of every layer that can be split; None without calibration data."""
-        if self.batches is None:
-            return None
+    def marginals(self) -> dict[str, Marginals | Assumed]:
+        """The metric of the inputs of every layer that can be split: measured, or assumed without calibration data."""
         convs = {site.name: site.original.conv for site in self.sites if site.splittable and site.original}
+        if self.batches is None:
+            specs = {name: ConvSpec.of(conv) for name, conv in convs.items()}
+            return {
+                name: Assumed.of(spec, convs[name].weight.device)
+                for name, spec in specs.items()
+                if spec.positions > 1
+            }
         with same_globals(), plain_arithmetic():
-            return measure_marginals(scratch_copy(self.model), convs, self.batches, self.forward)
+            return dict(measure_marginals(scratch_copy(self.model), convs, self.batches, self.forward))
 
     def plan(
         self,
@@ -356,7 +361,7 @@ class Study(Tabular, Generic[M]):
 
     def _rewritten(self, plan: Plan) -> M:
         self._check_unchanged()
-        metric = None if _is_exact(plan) else self.marginals
+        metric = {} if _is_exact(plan) else self.marginals
         converted = apply_plan(self.model, plan, progress=self.progress, fits=self._fits(), marginals=metric)
         self._check_reached(converted)
         return converted

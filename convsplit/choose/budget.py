@@ -23,7 +23,8 @@ class Budget:
         params: parameters, as a fraction in (0, 1] of what the splittable convolutions have today.
         macs: multiply-accumulates, likewise; needs example inputs.
         latency: measured milliseconds, likewise; needs example inputs.
-        error: instead, the largest relative weight error any layer may have; the cheapest such plan is made.
+        error: instead, the largest relative error any layer may have in the metric of its inputs; the cheapest such
+            plan is made.
         of: "splittable" measures the fraction against the convolutions that can be split, "model" against all of
             the model's parameters (or all its MACs or milliseconds).
 

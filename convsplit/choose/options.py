@@ -5,8 +5,8 @@ are known, in MACs. Errors are relative Frobenius errors of the weight,
 
     || W - W' || / || W ||,
 
-so that 0 is exact and 1 is as bad as leaving the layer out. Where calibration data are at hand, the norm is that of
-the metric of the layer's inputs, so that the error is the relative error of the layer's output.
+so that 0 is exact and 1 is as bad as leaving the layer out. The norm is that of the metric of the layer's inputs, so
+that the error is the relative error of the layer's output: measured where calibration data are at hand, else assumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from convsplit.data.moments import Marginals, whitened
+from convsplit.data.moments import Assumed, Marginals, whitened
 from convsplit.forms import CP, FORMS, Form, grouped
 from convsplit.model.running import macs_per_input
 from convsplit.model.sites import Site
@@ -76,15 +76,15 @@ def find_menus(
     forms: Sequence[Form] = tuple(FORMS.values()),
     rank: int | None = None,
     even: bool = False,
-    marginals: Mapping[str, Marginals] | None = None,
+    marginals: Mapping[str, Marginals | Assumed] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> list[Menu]:
     """The options of every splittable site: a grid of ranks of each form, or the one given `rank`.
 
     With `even` all depth multipliers that save something, instead of unequal ones: no channels are gathered or added up
-    then, which some runtimes are slow at. `marginals` of the sites' inputs, from `measure_marginals`, turn errors of
-    weights into errors of outputs.
+    then, which some runtimes are slow at. `marginals` of the sites' inputs, measured or assumed, turn errors of weights
+    into errors of outputs.
     """
 
     def menus(alike: list[Site]) -> list[Menu]:
@@ -144,7 +144,7 @@ def _menus(
     forms: Sequence[Form],
     rank: int | None,
     even: bool,
-    marginals: Sequence[Marginals | None],
+    marginals: Sequence[Marginals | Assumed | None],
     seed: int,
 ) -> list[Menu]:
     """The menus of sites whose kernels have one shape."""
@@ -182,7 +182,7 @@ def _saving(site: Site, options: Sequence[Option]) -> list[Option]:
     return [option for option in options if _costs_less(site, option, dense)]
 
 
-def _in_metric(kernel: Tensor, form: Form, marginals: Marginals | None) -> Tensor:
+def _in_metric(kernel: Tensor, form: Form, marginals: Marginals | Assumed | None) -> Tensor:
     """The kernel as the form has to approximate it: in the metric of its inputs where that is known."""
     if marginals is None:
         return kernel
