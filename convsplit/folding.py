@@ -10,16 +10,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
+from convsplit.kinds import Equivalent, equivalent, is_convolution
 from convsplit.layers.separable import SEPARABLE, SeparableConv
 from convsplit.model.copies import deep_copy
 from convsplit.model.graphs import trace
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain, tensors_in
 from convsplit.model.sharing import holders
+from convsplit.norms import NORMS, affine_of, is_norm
 from convsplit.spec import CONVOLUTIONS, Convolution, axes_of
 
-# These types exactly: a subclass may do more than its weight says. Not linear layers: batch norm may be of other axes.
-_FOLDS_INTO = (*CONVOLUTIONS.values(), *(SEPARABLE[kind] for kind in CONVOLUTIONS))
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Not linear layers: batch norm behind one may be of other axes.
+_SPLIT = {SEPARABLE[kind]: kind for kind in CONVOLUTIONS}
 
 
 def folded(model: nn.Module, example_inputs: Batch = None, forward: Forward | None = None) -> nn.Module:
@@ -50,20 +51,30 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     modules = dict(model.named_modules())
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     shared = holders(model)
-    graphs = trace(model).graphs
+    graphs = trace(model, whole=is_norm).graphs
     uses = Counter(
         _target(part, node) for part, graph in graphs.items() for node in graph.nodes if node.op == "call_module"
     )
     for part, graph in graphs.items():
         for node in graph.nodes:
             conv, norm = _target(part, node), _target(part, _only_user(node))
-            if type(modules.get(conv)) not in _FOLDS_INTO or type(modules.get(norm)) not in _NORMS:
+            if not is_norm(modules.get(norm)) or not _takes_norms(modules.get(conv)):
                 continue
             pair = (modules[conv], modules[norm])
             alone = all(names[id(m)] == 1 and not m._forward_hooks and not m._forward_pre_hooks for m in pair)
             untied = all(shared[id(p)] == 1 for m in pair for p in m.parameters())
-            if alone and untied and uses[conv] == uses[norm] == 1 and pair[1].running_var is not None:
+            if alone and untied and uses[conv] == uses[norm] == 1 and affine_of(pair[1]) is not None:
                 yield part, conv, norm
+
+
+def _takes_norms(module: nn.Module | None) -> bool:
+    """Whether what a module answers is its weight, as stored, times its input, plus its bias: all of it is known."""
+    if type(module) in _SPLIT:
+        return True
+    if module is None or not is_convolution(module):
+        return False
+    known = equivalent(module)
+    return isinstance(known, Equivalent) and not known.computed and known.conv.weight is module.weight
 
 
 def _target(part: str, node: fx.Node | None) -> str:
@@ -120,15 +131,14 @@ def _differ_by_rounding(one: Tensor, other: Tensor) -> bool:
 
 
 def _fold(model: nn.Module, conv: str, norm: str) -> None:
-    layer, batch_norm = model.get_submodule(conv), model.get_submodule(norm)
-    assert isinstance(batch_norm, _NORMS)
-    scale, shift = _affine(batch_norm)
+    layer, found = model.get_submodule(conv), affine_of(model.get_submodule(norm))
+    assert found is not None
     if isinstance(layer, SeparableConv):
-        layer.absorb(scale, shift)
+        layer.absorb(found.scale, found.shift)
     else:
         assert isinstance(layer, Convolution)
-        _absorb(layer, scale, shift)
-    model.set_submodule(norm, nn.Identity())
+        _absorb(layer, found.scale, found.shift)
+    model.set_submodule(norm, found.behind)
 
 
 @torch.no_grad()
@@ -145,17 +155,6 @@ def _absorb(conv: Convolution, scale: Tensor, shift: Tensor) -> None:
     conv.register_parameter("bias", nn.Parameter(bias.to(conv.weight.dtype), conv.weight.requires_grad))
 
 
-@torch.no_grad()
-def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm in eval mode."""
-    assert norm.running_var is not None
-    assert norm.running_mean is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -scale * norm.running_mean
-    return scale, shift if norm.bias is None else shift + norm.bias
-
-
 def fold_batch_norm(is_qat: bool, layer: SeparableConv, norm: nn.Module, *activation: nn.Module) -> nn.Module:
     """What `torch.ao.quantization.fuse_modules` calls for a split layer: a copy with the batch norm in its last stage.
 
@@ -167,17 +166,17 @@ def fold_batch_norm(is_qat: bool, layer: SeparableConv, norm: nn.Module, *activa
             f"the batch norm behind a {type(layer).__name__} can be fused in eval mode alone: call model.eval() and "
             "fuse_modules, or convsplit.for_inference, before preparing; the stages are then convolutions like others"
         )
-    assert isinstance(norm, _NORMS)
-    layer = copy.deepcopy(layer)
-    layer.absorb(*_affine(norm))
+    layer, found = copy.deepcopy(layer), affine_of(norm)
+    assert found is not None
+    layer.absorb(found.scale, found.shift)
     return nn.Sequential(layer, *activation) if activation else layer
 
 
 def _register_fuser() -> None:
     """Make eager-mode quantisation know split layers, where torch has loaded that with itself."""
     mappings = sys.modules.get("torch.ao.quantization.fuser_method_mappings")
-    for (axes, _), kind in SEPARABLE.items():
-        norm = _NORMS[axes - 1]
+    for kind, (axes, _) in _SPLIT.items():
+        norm = NORMS[axes - 1]
         for sequence in ((kind, norm), (kind, norm, nn.ReLU)):
             getattr(mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {}).setdefault(sequence, fold_batch_norm)
 

@@ -17,7 +17,7 @@ import convsplit
 
 ROOMS = [
     "progress", "parallel", "precision", "files", "spec", "tables", "lowrank", "forms", "structure", "layers",
-    "kinds", "model", "data", "choose", "initialise", "rewrite", "folding", "runtimes", "measure", "exports",
+    "kinds", "model", "data", "choose", "initialise", "rewrite", "norms", "folding", "runtimes", "measure", "exports",
     "repair", "report", "storage", "checkpoints", "searches", "studies", "finetune", "api", "passes", "integrations",
     "cli",
 ]  # fmt: skip

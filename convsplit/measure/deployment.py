@@ -27,9 +27,10 @@ def for_inference(model: M, example_inputs: Batch = None, *, forward: Forward | 
     """A copy for inference: batch norm folded into the convolutions before it, and no parameter requires gradients.
 
     Each batch norm that directly follows a split layer or a convolution, and nothing else does, is taken into
-    that layer's last stage and replaced by `nn.Identity`; outputs stay the same up to rounding. Where torch.fx cannot
-    trace the whole model, code that is not traced may look at what passes between the two: parts that are traced are
-    then folded only with `example_inputs`, if outputs are seen to stay.
+    that layer's last stage and replaced by `nn.Identity`, or by the activation that it holds (timm's
+    `BatchNormAct2d`); frozen norms of torchvision, timm and transformers are folded, too. Outputs stay the same up to
+    rounding. Where torch.fx cannot trace the whole model, code that is not traced may look at what passes between
+    the two: parts that are traced are then folded only with `example_inputs`, if outputs are seen to stay.
 
     Args:
         model: converted or not; it is not changed. It must have been trained: running statistics are what is folded.

@@ -58,8 +58,16 @@ class Trace:
     graph_weights: frozenset[str] = frozenset()
 
 
-def trace(model: nn.Module, example_inputs: Batch = None, forward: Forward | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    example_inputs: Batch = None,
+    forward: Forward | None = None,
+    *,
+    whole: Callable[[nn.Module], bool] = is_convolution,
+) -> Trace:
     """Trace the largest parts of a model that fx can trace; with example inputs, also run it once for the shapes.
+
+    Modules that are `whole` are calls in the graphs, as convolutions and modules of torch.nn are.
 
     Raises:
         ValueError: the model does not run on the example inputs; names the module that failed and what reached it.
@@ -68,7 +76,7 @@ def trace(model: nn.Module, example_inputs: Batch = None, forward: Forward | Non
         copied = scratch_copy(model)
         graphs: dict[str, fx.Graph] = {}
         untraced: dict[str, str] = {}
-        _trace_parts(copied, "", graphs, untraced)
+        _trace_parts(copied, "", graphs, untraced, whole)
         functional = tuple(conv for part, graph in graphs.items() for conv in _functional_convs(copied, part, graph))
         weights = frozenset(_weights_of_graph_modules(copied))
         # Tracing runs the model's own code on symbols, which may stay behind in attributes: run a second, clean copy.
@@ -88,6 +96,10 @@ class SplitTracer(fx.Tracer):
     traces at a time, and modules that other threads run meanwhile are run as they are.
     """
 
+    def __init__(self, whole: Callable[[nn.Module], bool] = is_convolution) -> None:
+        super().__init__()
+        self.whole = whole
+
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with _TRACING:
             self.thread = threading.get_ident()
@@ -106,20 +118,23 @@ class SplitTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(module, SeparableConv | torch.jit.ScriptModule) or is_convolution(module)
-        return whole or super().is_leaf_module(module, module_qualified_name)
+        known = isinstance(module, SeparableConv | torch.jit.ScriptModule) or is_convolution(module)
+        return known or self.whole(module) or super().is_leaf_module(module, module_qualified_name)
 
 
-def _trace_parts(module: nn.Module, name: str, graphs: dict[str, fx.Graph], untraced: dict[str, str]) -> None:
+def _trace_parts(
+    module: nn.Module, name: str, graphs: dict[str, fx.Graph], untraced: dict[str, str],
+    whole: Callable[[nn.Module], bool],
+) -> None:  # fmt: skip
     """Trace this module, or else each of its children."""
     if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin) or not any(True for _ in module.children()):
         return
     try:
-        graphs[name] = module.graph if isinstance(module, fx.GraphModule) else SplitTracer().trace(module)
+        graphs[name] = module.graph if isinstance(module, fx.GraphModule) else SplitTracer(whole).trace(module)
     except Exception as error:  # whatever the user's forward does with symbols
         untraced[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         for child_name, child in module.named_children():
-            _trace_parts(child, f"{name}.{child_name}" if name else child_name, graphs, untraced)
+            _trace_parts(child, f"{name}.{child_name}" if name else child_name, graphs, untraced, whole)
 
 
 LINEAR = "F.linear"  # as a function's name

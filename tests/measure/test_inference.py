@@ -168,3 +168,103 @@ def test_half_precision_folds_too() -> None:
     x = torch.randn(2, 8, 9, 9, dtype=torch.bfloat16)
     with torch.no_grad():
         torch.testing.assert_close(deployed(x), net(x), rtol=0.05, atol=0.1)
+
+
+# Norms of libraries
+
+
+def with_activation() -> nn.Module:
+    layers = pytest.importorskip("timm.layers")
+    return layers.BatchNormAct2d(8, act_layer=nn.SiLU, drop_layer=nn.Dropout, eps=1e-3)
+
+
+def without_activation() -> nn.Module:
+    return pytest.importorskip("timm.layers").BatchNormAct2d(8, apply_act=False)
+
+
+def frozen_with_activation() -> nn.Module:
+    return pytest.importorskip("timm.layers").FrozenBatchNormAct2d(8, act_layer=nn.Hardswish, eps=1e-2)
+
+
+def frozen() -> nn.Module:
+    return pytest.importorskip("torchvision.ops").FrozenBatchNorm2d(8, eps=1e-3)
+
+
+def of_transformers() -> nn.Module:
+    return pytest.importorskip("transformers.models.detr.modeling_detr").DetrFrozenBatchNorm2d(8)
+
+
+NORMS = [with_activation, without_activation, frozen_with_activation, frozen, of_transformers]
+
+
+def lived_in(net: nn.Module) -> nn.Module:
+    for module in net.modules():
+        if getattr(module, "running_var", None) is not None:
+            for name in ("running_mean", "running_var", "weight", "bias"):
+                getattr(module, name).data.uniform_(0.5, 2)
+    return net.double().eval()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("split", [False, True])
+def test_norms_of_libraries_fold_and_keep_their_activation(norm: Any, split: bool) -> None:
+    net = lived_in(nn.Sequential(nn.Conv2d(8, 8, 3), norm(), nn.Conv2d(8, 8, 1, bias=False), norm()))
+    net = convsplit.convert(net, forms="pw-dw", rank=2) if split else net
+    deployed = convsplit.for_inference(net)
+    assert not any("BatchNorm" in type(module).__name__ for module in deployed.modules())
+    expected = {"with_activation": nn.SiLU, "frozen_with_activation": nn.Hardswish}.get(norm.__name__, nn.Identity)
+    assert any(isinstance(module, expected) for module in deployed[1].modules())
+    outputs_equal(net, deployed, torch.randn(2, 8, 7, 7, dtype=torch.float64))
+
+
+class Odd(nn.Module):
+    """Holds what a frozen norm holds, and does something else."""
+
+    def __init__(self, power: float) -> None:
+        super().__init__()
+        self.power = power
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.view(-1, 1, 1) + x.abs() ** self.power
+
+
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_what_only_looks_like_a_norm_is_not_believed(power: float) -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), Odd(power)).double().eval()
+    deployed = convsplit.for_inference(net)
+    assert isinstance(deployed[1], Odd) == (power > 0)
+    outputs_equal(net, deployed, torch.randn(2, 8, 7, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "tf_efficientnet_b0", "repvgg_a0"])
+def test_networks_of_timm_fold(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    net = lived_in(timm.create_model(name))
+    deployed = convsplit.for_inference(net)
+    left = [each for each, module in deployed.named_modules() if "BatchNorm" in type(module).__name__]
+    assert all(each.endswith("identity") for each in left)  # branches without a convolution before them
+    with torch.no_grad():
+        x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+        torch.testing.assert_close(deployed(x), net(x), rtol=1e-6, atol=1e-9)
+
+
+def test_a_library_may_fold_what_is_folded() -> None:
+    yolo = pytest.importorskip("ultralytics").YOLO("yolov8n.yaml").model
+    net = lived_in(yolo).float()
+    deployed = convsplit.for_inference(convsplit.convert(net, forms="dw-pw", rank=2))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = deployed(x)[0]
+        torch.testing.assert_close(deployed.fuse(verbose=False)(x)[0], wanted, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(module, SeparableConv2d) for module in deployed.modules())
+
+
+def test_layouts_of_other_ranks_are_left_alone() -> None:
+    net = nn.Sequential(nn.Conv3d(3, 16, 3), nn.BatchNorm3d(16), nn.Flatten(1, 2), nn.Conv2d(64, 16, 3)).eval()
+    x = torch.randn(1, 3, 6, 8, 8)
+    for each in (net, convsplit.convert(net, x)):
+        deployed = convsplit.for_inference(each, x)
+        with torch.no_grad():
+            torch.testing.assert_close(deployed(x), each(x), rtol=1e-4, atol=1e-5)
