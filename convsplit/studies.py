@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -45,7 +46,7 @@ from convsplit.model.graphs import Trace, trace
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.model.reach import unused_layers
 from convsplit.model.running import Batch, Forward
-from convsplit.model.sites import POINTWISE, Site, Skip, find_sites
+from convsplit.model.sites import POINTWISE, SKIPPED, Site, Skip, find_sites
 from convsplit.progress import track, warn
 from convsplit.repair.refitting import refit
 from convsplit.report.curves import Frontier, curve_of
@@ -247,6 +248,8 @@ class Study(Tabular, Generic[M]):
             sites = self.sites if exact else [unless_measured(site) for site in self.sites]
             allowed = {site.name for site in sites if site.splittable}
             menus = [menu for menu in menus if menu.site.name in allowed]
+            if self.sites and all(len(menu.options) == 1 for menu in menus):
+                _warn_of_reasons(self.title, sites)
             found = self._choose(menus, budget)
             return replace(self._plan(menus, found.options, budget, sites=sites), gap=found.gap)
 
@@ -574,6 +577,16 @@ def _nothing_found(model: nn.Module) -> str:
     if any(isinstance(module, SeparableConv) for module in model.modules()):
         return f"all convolutions of {type(model).__name__} are split already: the result is a plain copy"
     return f"no convolution found in {type(model).__name__}: the result is a plain copy"
+
+
+def _warn_of_reasons(title: str, sites: Sequence[Site]) -> None:
+    """Say why nothing of a model can be split, if that is not what was asked for."""
+    reasons = Counter(site.reason or "no form of it costs less" for site in sites)
+    if set(reasons) == {SKIPPED}:
+        return
+    found = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+    hint = '. With "pw-pw" among forms=, 1x1 kernels can be split, too' if POINTWISE in reasons else ""
+    warn(f"no convolution of {title} can be split, the result is a plain copy: {found}{hint}")
 
 
 def _record(site: Site) -> dict[str, Any]:

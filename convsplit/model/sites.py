@@ -19,6 +19,7 @@ from convsplit.model.usage import Usage
 from convsplit.spec import ConvSpec, is_plain
 
 POINTWISE = "1x1 kernel: already pointwise"  # a reason
+SKIPPED = "skipped as asked"  # another
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -220,7 +221,4 @@ def _skipped(sites: list[Site], skip: Skip, modules: dict[str, nn.Module]) -> li
                 names = ", ".join(site.name for site in sites[:8]) + (", ..." if len(sites) > 8 else "")
                 raise ValueError(f"skip={pattern!r} matches no convolution; their names are {names}")
             chosen |= matched
-    return [
-        replace(site, reason="skipped as asked") if site.name in chosen and site.splittable else site
-        for site in sites
-    ]
+    return [replace(site, reason=SKIPPED) if site.name in chosen and site.splittable else site for site in sites]

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from residual import SmallNet, Untraceable, images, small_net
+from timm.layers import StdConv2d
 from torch import nn
 
 import convsplit
@@ -336,3 +337,34 @@ def test_any_mode_around_a_conversion_gives_the_same_model(mode):
 def test_an_unknown_argument_is_named_with_those_there_are():
     with pytest.raises(TypeError, match=r"frontier\(\) has no argument 'inputs'; it takes model, example_inputs"):
         convsplit.frontier(small_net(), inputs=images())
+
+
+NOTHING = {
+    "pointwise": (
+        nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+        r'already pointwise \(2\).*"pw-pw"',
+    ),
+    "standardised": (nn.Sequential(StdConv2d(8, 8, 3)), r"standardises its weight at every call; bake=True .* \(1\)"),
+    "patches": (nn.Sequential(nn.Conv2d(3, 32, 8, stride=8)), r"a patch embedding .* \(1\)"),
+}
+
+
+@pytest.mark.parametrize(("model", "reason"), NOTHING.values(), ids=NOTHING)
+def test_where_nothing_can_be_split_the_reasons_are_given(model, reason):
+    convolution = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    x = torch.randn(2, convolution.in_channels, 16, 16)
+    for how in ({}, {"budget": Budget(macs=0.5), "calibration": x}, {"budget": Budget(macs=0.5), "forms": "dw-pw"}):
+        inputs = () if "calibration" in how or not how else (x,)
+        with pytest.warns(
+            convsplit.ConversionWarning, match=f"no convolution of Sequential can be split.*{reason}"
+        ) as warned:
+            convsplit.convert(model, *inputs, **how)
+        assert len(warned) == 1
+
+
+def test_what_was_asked_for_is_no_reason_to_warn():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convsplit.convert(model, skip="*")
+        convsplit.convert(model, budget=Budget(params=1.0))

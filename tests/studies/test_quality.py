@@ -108,11 +108,18 @@ def test_convert_returns_the_model_that_was_found() -> None:
     }
 
 
-@pytest.mark.parametrize(("then", "seconds"), [("reconstruct", 300), ("distill", 3)])  # the first has an end of its own
+@pytest.mark.parametrize(
+    ("then", "seconds"), [("reconstruct", 300), ("distill", 3)]
+)  # the first has an end of its own
 def test_fine_tuning_goes_on_in_the_same_call(known: Any, then: str, seconds: float) -> None:
     before = known.convert(Budget(params=0.4))
     after = convsplit.convert(
-        net(), calibration=list(images().split(32)), budget=Budget(params=0.4), then=then, seconds=seconds, forms=QUICK
+        net(),
+        calibration=list(images().split(32)),
+        budget=Budget(params=0.4),
+        then=then,
+        seconds=seconds,
+        forms=QUICK,
     )
     drifts = [convsplit.compare(each, net(), images()).drift.relative for each in (before, after)]
     assert drifts[1] < 1.05 * drifts[0]  # what is repaired so well already has little to gain
