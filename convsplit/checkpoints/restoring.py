@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from convsplit.checkpoints.names import aligned
+from convsplit.checkpoints.names import STAGES, aligned
 from convsplit.checkpoints.recognition import recognise
 from convsplit.checkpoints.sources import Source, read_state
 from convsplit.choose.options import Option
@@ -135,4 +135,18 @@ def _load(rebuilt: nn.Module, state: dict[str, Any], strict: bool) -> None:
     try:
         nn.Module.load_state_dict(rebuilt, state, strict=strict)
     except RuntimeError as error:
-        raise ValueError(f"the state_dict does not fit this {type(rebuilt).__name__}: {error}") from error
+        text = f"the state_dict does not fit this {type(rebuilt).__name__}: {_renamed(rebuilt, state)}{error}"
+        raise ValueError(text) from error
+
+
+def _renamed(rebuilt: nn.Module, state: Mapping[str, Any]) -> str:
+    """Which split layers of a state_dict have no place in the model, as the likeliest cause that it does not fit."""
+    endings = tuple(f".{stage}" for stage in STAGES)
+    names = dict.fromkeys(key.rsplit(".", 2)[0] for key in state if key.endswith(endings))
+    lost = [name for name in names if not isinstance(dict(rebuilt.named_modules()).get(name), SeparableConv)]
+    if not lost:
+        return ""
+    return (
+        f"it has split layers under names at which the model has no convolution ({', '.join(lost[:4])}). What wrote it "
+        "may have renamed them, as transformers does where save_original_format=False is not said. "
+    )
