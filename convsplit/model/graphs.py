@@ -129,6 +129,8 @@ def _trace_parts(
     """Trace this module, or else each of its children."""
     if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin) or not any(True for _ in module.children()):
         return
+    if is_convolution(module):  # one that pads first has a child; its own forward would show as an F.conv2d
+        return
     try:
         graphs[name] = module.graph if isinstance(module, fx.GraphModule) else SplitTracer(whole).trace(module)
     except Exception as error:  # whatever the user's forward does with symbols

@@ -261,3 +261,18 @@ def test_weights_that_forward_writes_to_stay_dense(write: Any) -> None:
     assert "may write to its weight in forward" in found["conv"]
     assert not found["other"]
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_a_padded_convolution_is_found_in_a_model_that_is_not_traced():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = PaddedConv2d(8, 12, 3)
+            self.conv.pad = nn.ZeroPad2d((1, 1, 0, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) if x.sum() > 0 else x
+
+    model = Branching()
+    (site,) = find_sites(model, trace(model))
+    assert not site.reason
