@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -81,8 +82,9 @@ def convert(args: Namespace) -> None:
     """Split the convolutions of a model and write it to a file.
 
     Read the file back with convsplit.load(FILE, model). Models of ultralytics may also go to a .pt file, those of
-    transformers, diffusers and smp to a folder, which the library opens itself. With --target agreement=0.99 the
-    smallest model is searched for that gives 99 % of the inputs of --calibrate the same class.
+    transformers, diffusers and smp to a folder, which the library opens itself; a .onnx file becomes another one. With
+    --target agreement=0.99 the smallest model is searched for that gives 99 % of the inputs of --calibrate the same
+    class.
 
     example: convsplit convert torchvision.models:resnet18 --weights r18.pth --out smaller.safetensors
     """
@@ -92,7 +94,7 @@ def convert(args: Namespace) -> None:
     quality = quality_of(args)
     found = None if quality is None else known.search(quality, prefer=args.prefer).checked()
     chosen = plan_of(args, known) if found is None else found.plan
-    keep(known.apply(chosen) if found is None else found.model)
+    keep(known.apply(chosen) if found is None else found.model, known.example_inputs)
     seconds = time.perf_counter() - started
     if args.json:
         searched = {} if found is None else {"search": json.loads(found.to_json())}
@@ -104,7 +106,7 @@ def convert(args: Namespace) -> None:
         print(f"{_shown(chosen)}{tried}\n\nwritten to {args.out} in {seconds:.1f} s")
 
 
-def keeping(where: str, out: Path) -> Callable[[nn.Module], object]:
+def keeping(where: str, out: Path) -> Callable[[nn.Module, Any], object]:
     """How a converted model is written: in a file of convsplit's, or as the library that it comes from does.
 
     Raises:
@@ -112,10 +114,10 @@ def keeping(where: str, out: Path) -> Callable[[nn.Module], object]:
     """
     found = source_of(where)
     if found is not None and found[0].suffix == out.suffix:
-        return lambda converted: found[0].keep(converted, out, found[1])
+        return lambda converted, example_inputs: found[0].keep(converted, out, found[1], example_inputs)
     own = [] if found is None or found[0].suffix is None else [found[0].suffix or "no suffix, for a folder"]
     _check_suffix(out, (".safetensors", *own))
-    return lambda converted: save(converted, out)
+    return lambda converted, _: save(converted, out)
 
 
 def _converted_argument(parser: ArgumentParser) -> None:

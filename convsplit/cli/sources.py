@@ -1,4 +1,4 @@
-"""Models of other libraries on the command line: `timm:resnet50`, `ultralytics:yolov8n.pt`, `diffusers:FOLDER`.
+"""Models of other libraries on the command line: `timm:resnet50`, `ultralytics:yolov8n.pt`; and ONNX files.
 
 Weights come from where each library keeps them on this disk. Nothing is fetched unless --download says so.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ class Source:
     package: str
     build: Build
     suffix: str | None = None
-    keep: Callable[[nn.Module, Path, str], object] = lambda model, path, name: model.save_pretrained(path)  # type: ignore[operator]
+    keep: Callable[[Any, Path, str, Any], object] = lambda model, path, name, example_inputs: model.save_pretrained(
+        path
+    )
 
     def library(self) -> Any:
         """The library, with what convsplit does for it.
@@ -48,7 +51,9 @@ class Source:
 
 
 def source_of(where: str) -> tuple[Source, str] | None:
-    """The library and the name in it that `library:name` means; None for `package.module:callable`."""
+    """The library and the name in it that `library:name` or FILE.onnx means; None for `package.module:callable`."""
+    if where.endswith(".onnx"):
+        return ONNX, where
     prefix, colon, name = where.partition(":")
     return (SOURCES[prefix], name) if colon and prefix in SOURCES else None
 
@@ -112,7 +117,7 @@ def _ultralytics(ultralytics: Any, name: str, arguments: dict[str, Any], downloa
     return model.float()
 
 
-def _keep_yolo(converted: nn.Module, path: Path, name: str) -> None:
+def _keep_yolo(converted: nn.Module, path: Path, name: str, example_inputs: Any) -> None:
     import ultralytics
 
     yolo = ultralytics.YOLO(name)
@@ -138,6 +143,16 @@ def _transformers(transformers: Any, name: str, arguments: dict[str, Any], downl
     return model
 
 
+def _onnx(onnx: Any, name: str, arguments: dict[str, Any], download: bool) -> nn.Module:
+    network: nn.Module = importlib.import_module("convsplit.integrations.onnx").read(name)
+    return network
+
+
+def _keep_onnx(converted: nn.Module, path: Path, name: str, example_inputs: Any) -> None:
+    done = importlib.import_module("convsplit.integrations.onnx").write(converted, path, example_inputs)
+    print(f"{path} run in ONNX Runtime: outputs differ from the converted module's by {done:.1g}", file=sys.stderr)
+
+
 SOURCES: dict[str, Source] = {
     "torchvision": Source("torchvision", "torchvision", _torchvision),
     "timm": Source("timm", "timm", _timm),
@@ -146,6 +161,7 @@ SOURCES: dict[str, Source] = {
     "diffusers": Source("diffusers", "diffusers", _diffusers, ""),
     "smp": Source("segmentation_models_pytorch", "segmentation-models-pytorch", _smp, ""),
 }
+ONNX = Source("onnx", "onnx onnxruntime", _onnx, ".onnx", _keep_onnx)
 EXAMPLES = {
     "torchvision": "torchvision:resnet18", "timm": "timm:resnet50", "ultralytics": "ultralytics:yolov8n.pt",
     "transformers": "transformers:FOLDER", "diffusers": "diffusers:FOLDER",
