@@ -95,3 +95,13 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> Non
         assert f": {page.name}" in navigation
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_doctests_are_fenced_up_to_the_next_blank_line() -> None:
+    pytest.importorskip("griffe")
+    sys.path.insert(0, str(ROOT / "docs"))
+    from fences import fenced
+
+    told = "Says.\n\n>>> a[0]\n[1, 2]\n>>> b\n3\n\nThen more."
+    assert fenced(told) == "Says.\n\n```pycon\n>>> a[0]\n[1, 2]\n>>> b\n3\n```\n\nThen more."
+    assert fenced("Nothing to run: a > b.") == "Nothing to run: a > b."
