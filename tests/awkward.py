@@ -900,6 +900,26 @@ def sounds() -> Any:
     return settled(model), images(2, 4, 40)
 
 
+class Pads(Calls):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sound(F.pad(x, (4, 0)))  # [N, C, T], from the past alone
+        x = self.still(F.pad(x.unflatten(2, (4, 3, 2)), (1, 1, 1, 1, 0, 0), mode="replicate"))
+        return self.film(self.past(F.pad(x, (0, 0, 0, 0, 2, 0))))
+
+
+@awkward("sound", "still", "film.1", "past")
+def padded_in_one_and_three_axes() -> Any:
+    """Causal sounds and films: zeros by F.pad and by modules, of as many axes as the convolution has."""
+    film = nn.Sequential(nn.ConstantPad3d((1, 1, 1, 1, 2, 0), 0.5), nn.Conv3d(4, 4, 3))
+    parts = {
+        "sound": nn.Conv1d(3, 4, 5),
+        "still": nn.Conv3d(4, 4, (1, 3, 3)),
+        "film": film,
+        "past": nn.Conv3d(4, 4, (3, 1, 1)),
+    }
+    return settled(Pads(**parts)), images(2, 3, 24)
+
+
 @awkward("0", "2", "4", "5", bake=True)
 def vocoder() -> Any:
     """As HiFi-GAN: weight norm, also on transposed convolutions, whose norm is over another axis there."""

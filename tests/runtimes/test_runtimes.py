@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import convsplit
-from convsplit import Budget, SeparableConv2d, Stopwatch
+from convsplit import Budget, SeparableConv, SeparableConv2d, Stopwatch
 from convsplit.choose.options import find_menus
 from convsplit.folding import folded
 from convsplit.layers.stages import PaddedConv2d, SamePad2d
@@ -105,6 +106,33 @@ def test_graphs_of_dense_layers_and_of_padding_by_size(runtime: str) -> None:
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
     (found,) = installed(runtime).load(single(split, tuple(x.shape)))(as_arrays(x))
     assert tuple(found.shape) == tuple(split(x).shape)
+
+
+OTHER_KINDS = [
+    (nn.Conv1d(8, 12, 5, 2, 2, dilation=2), (2, 8, 15)),
+    (nn.Conv1d(8, 12, 3, padding=1, padding_mode="replicate", groups=2), (2, 8, 15)),
+    (nn.Conv3d(8, 6, (1, 3, 3), (1, 2, 1), (0, 1, 1), bias=False), (2, 8, 3, 6, 5)),
+    (nn.ConvTranspose1d(8, 6, 5, 3, 1, output_padding=1), (2, 8, 7)),
+    (nn.ConvTranspose2d(8, 12, 4, (2, 1), 1, groups=2), (2, 8, 5, 6)),
+    (nn.ConvTranspose3d(8, 6, (1, 2, 2), (1, 2, 2)), (1, 8, 2, 3, 4)),
+    (nn.Conv1d(8, 12, 1, 2), (2, 8, 9)), (nn.Conv2d(8, 12, 1, 2, padding=1), (2, 8, 6, 5)),
+    (nn.ConvTranspose2d(8, 6, 1, 2), (2, 8, 4, 5)), (nn.Linear(8, 12), (2, 8)),
+    (nn.Linear(8, 12, bias=False), (2, 5, 8)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("runtime", FROM_ONNX)
+@pytest.mark.parametrize(("conv", "shape"), OTHER_KINDS, ids=lambda case: str(case))
+def test_layers_of_every_kind_have_graphs_and_times(runtime: str, conv: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    load, x = installed(runtime).load, torch.randn(shape)
+    forms = ("dw-pw", "pw-dw", "pw-dw-pw") if conv.weight[0, 0].numel() > 1 else ("pw-pw",)
+    layers = [SeparableConv.from_conv(conv, form=form, rank=2) for form in forms]
+    for layer in (conv, *layers):
+        (found,) = load(single(layer.eval(), shape))(as_arrays(x))
+        torch.testing.assert_close(torch.from_numpy(found), layer(x), rtol=1e-4, atol=1e-4)
+        averages = load(timing_graph(copy.deepcopy(layer), shape, 2))(as_arrays(x))
+        assert all(torch.as_tensor(average).isfinite().all() for average in averages)
 
 
 def test_graphs_to_be_timed_hold_different_copies() -> None:

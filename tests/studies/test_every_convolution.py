@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import convsplit
-from convsplit import Budget
+from convsplit import Budget, Stopwatch
 from convsplit.data.walk import Stop
 from convsplit.forms import grouped
 from convsplit.layers.separable import SeparableConv
@@ -115,6 +115,59 @@ def test_exported(kind: tuple[int, bool], tmp_path: Path) -> None:
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
         (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.as_tensor(answer), converted(x), rtol=1e-3, atol=1e-3)
+
+
+def pointwise_network(axes: int) -> nn.Sequential:
+    """A bottleneck of 1x1 kernels around a wider one."""
+    torch.manual_seed(0)
+    kind, norm = CONVOLUTIONS[axes, False], NORMS[axes]
+    model = nn.Sequential(
+        smooth(kind, 8, 32, 1, bias=False), norm(32), nn.ReLU(), smooth(kind, 32, 32, 3, padding=1), nn.ReLU(),
+        smooth(kind, 32, 16, 1, stride=2), CONVOLUTIONS[axes, True](16, 12, 1, stride=2),
+    )  # fmt: skip
+    model[1].running_mean.normal_(0, 0.1), model[1].running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_pointwise_kernels_are_repaired_trained_and_exported(axes: int, tmp_path: Path) -> None:
+    model, x = pointwise_network(axes), maps(axes, 96)
+    data, held_out = list(x[:64].split(16)), x[64:]
+    plain = convsplit.convert(model, x[:1], rank=5, forms="pw-pw")
+    repaired = convsplit.convert(model, calibration=data, rank=5, forms="pw-pw")
+    assert sum(layer.form == "pw-pw" for layer in repaired.modules() if isinstance(layer, SeparableConv)) >= 2
+    before, after = drift(plain, model, held_out), drift(repaired, model, held_out)
+    assert after < 0.9 * before
+    trained = copy.deepcopy(repaired)
+    assert any(block.after < block.before for block in convsplit.reconstruct(trained, model, data, steps=30))
+    distilled = copy.deepcopy(repaired)
+    convsplit.distill(distilled, model, data, epochs=3)
+    assert drift(distilled, model, held_out) < 1.15 * after  # the repair of a matrix leaves next to nothing to gain
+    done = convsplit.export(repaired, tmp_path / "model.onnx", x[:2], seconds=0.05)
+    assert done.difference < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_files_of_repaired_models_are_checked_in_their_runtime(kind: tuple[int, bool], tmp_path: Path) -> None:
+    model, x = network(*kind), maps(kind[0], 32)
+    converted = convsplit.convert(model, calibration=list(x.split(16)), budget=Budget(params=0.6))
+    for name in ("model.onnx", "model.pt2"):
+        runtime = "onnxruntime" if name.endswith("onnx") else "torch"
+        assert convsplit.export(converted, tmp_path / name, x[:2], runtime=runtime, seconds=0.05).difference < 1e-4
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_time_is_measured(kind: tuple[int, bool], runtime: str) -> None:
+    torch.manual_seed(0)
+    axes = kind[0]
+    model = nn.Sequential(CONVOLUTIONS[kind](64, 64, 5 if axes == 1 else 3, padding=1), nn.ReLU()).eval()
+    x = torch.randn(1, 64, *{1: (256,), 2: (16, 16), 3: (6, 8, 8)}[axes])
+    stopwatch = Stopwatch(1.0, runtime=runtime)
+    plan = convsplit.make_plan(model, x, budget=Budget(params=1.0), prefer="speed", stopwatch=stopwatch)
+    layer = plan.layer("0")
+    assert layer.dense.milliseconds > 0
+    assert layer.option.milliseconds <= layer.dense.milliseconds
 
 
 def responses(conv: nn.Module, x: Tensor, groups: int) -> Tensor:
