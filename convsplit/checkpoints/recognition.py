@@ -84,7 +84,7 @@ def _read(name: str, module: nn.Module, stages: tuple[str, ...], own: Mapping[st
     if not components:
         return f"the shapes of {', '.join(stages)} of {name!r} are not those of {spec} as {form.name}"
     last = "pointwise_out" if form.projects else "depthwise"
-    bias = f"{last}.bias" in own or "sum.bias" in own
+    bias = spec.bias or f"{last}.bias" in own or "sum.bias" in own  # a repair adds one, nothing takes one away
     even = not {"gather.channels", "sum.channels"} & set(own)
     numbers = {**spec.to_json(), "bias": bias}
     return StoredLayer(name, numbers, printed(pad), form.name, components, even)

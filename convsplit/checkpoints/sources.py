@@ -34,9 +34,9 @@ def read_state(source: Source) -> dict[str, Any]:
     where = "the mapping" if isinstance(source, Mapping) else str(source)
     while (key := next((key for key in _WITHIN if isinstance(found.get(key), Mapping)), None)) is not None:
         found = found[key]
-    if not any(isinstance(value, Tensor) for value in found.values()):
+    if not all(isinstance(key, str) for key in found) or not any(isinstance(t, Tensor) for t in found.values()):
         keys = ", ".join(map(repr, list(found)[:8])) or "nothing"
-        raise ValueError(f"no tensors in {where}, which has {keys}: give the part of it that is the state_dict")
+        raise ValueError(f"no named tensors in {where}, which has {keys}: give the part of it that is the state_dict")
     # Tensors of no elements are what `convsplit.integrations` puts under a kernel's name, for others to stop at.
     state = OrderedDict((k, v) for k, v in found.items() if not (isinstance(v, Tensor) and v.numel() == 0))
     if metadata := getattr(found, "_metadata", None):

@@ -124,6 +124,8 @@ class ChannelIndex(nn.Module):
         found = state_dict.get(key)
         if found is None:
             missing_keys.append(key)
+        elif not isinstance(found, Tensor):
+            error_msgs.append(f"{key} is a {type(found).__name__}, want a tensor of channel numbers")
         elif not found.is_meta:
             numbers = found.flatten().double().round().tolist()
             if problem := self.problem(numbers):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,10 @@ def test_every_kind_of_convolution(conv: nn.Module, bias: bool) -> None:
                 layer = convsplit.convert(conv, forms=form, exact=True)
             else:
                 layer = SeparableConv.from_conv(conv, form=form, **how)
-            layer.bias = torch.randn(layer.out_channels) if bias else None  # as a refit may add one
-            again = restore(conv, layer.state_dict())
+            layer.bias = torch.randn(layer.out_channels) if bias else None
+            model = copy.deepcopy(conv)
+            model.bias = None  # also where a refit has added one since
+            again = restore(model, layer.state_dict())
             assert str(again) == str(layer)
             x = torch.randn(1, layer.in_channels, *[7] * layer.axes)
             torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
@@ -271,6 +275,38 @@ def test_nothing_stays_without_values() -> None:
         model = small_net()
     with pytest.raises(ValueError, match=f"on the meta device, and not in the state_dict: {gone}"):
         restore(model, state, strict=False)
+
+
+def test_any_tensor_gone_or_exchanged_is_an_error_in_words() -> None:
+    whole = converted_net().state_dict()
+    # Not these: torch fills one in for old files, and without the other equal shares are what is meant.
+    state = {key: value for key, value in whole.items() if not key.endswith(("num_batches_tracked", "channels"))}
+    others: list[Any] = [None, "text", torch.zeros(()), torch.zeros(0), torch.zeros(3, 5), torch.zeros(2, 2, 2, 2)]
+    for key, value in state.items():
+        for other in others:
+            if not isinstance(other, Tensor) or other.shape != value.shape:
+                with pytest.raises(ValueError, match="."):
+                    restore(small_net(), {**whole, key: other})
+        with pytest.raises(ValueError, match="."):
+            restore(small_net(), {each: tensor for each, tensor in whole.items() if each != key})
+    with pytest.raises(ValueError, match="no named tensors"):
+        restore(small_net(), {**whole, 3: torch.zeros(1)})
+    for other in (None, "text", torch.zeros(3)):
+        with pytest.raises(ValueError, match="channels"):
+            restore(small_net(), {**whole, "0.gather.channels": other})
+
+
+@pytest.mark.parametrize("file", ["a.safetensors", "a.pt"])
+def test_damaged_files_give_an_error_in_words_or_the_model(file: str, tmp_path: Path) -> None:
+    state, path, draw = converted_net().state_dict(), tmp_path / file, random.Random(0)
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+    good = path.read_bytes()
+    for _ in range(60):
+        place, length = draw.randrange(len(good)), draw.randrange(40)
+        damaged = good[:place] + draw.randbytes(draw.randrange(40)) + good[place + length :]
+        path.write_bytes(draw.choice([damaged, good[:place]]))
+        with contextlib.suppress(ValueError):
+            assert isinstance(restore(small_net(), path), nn.Module)
 
 
 class Harmful:
