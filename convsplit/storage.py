@@ -31,6 +31,7 @@ from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
 from convsplit.layers.stages import ChannelIndex
 from convsplit.model.copies import deep_copy
+from convsplit.progress import warn
 from convsplit.rewrite import apply_plan
 from convsplit.spec import LAYERS, ConvSpec
 from convsplit.structure import Structure
@@ -95,6 +96,9 @@ def save(converted: nn.Module, path: str | Path) -> None:
             meta tensors), or a split layer was edited into something `load` could not rebuild; says which.
         OSError: the file cannot be written.
 
+    Warns:
+        ConversionWarning: no layer of it is split, as after a library's `fuse()` that builds convolutions anew.
+
     >>> import convsplit, tempfile
     >>> model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3))
     >>> smaller = convsplit.convert(model, forms="dw-pw", rank=2)
@@ -107,6 +111,11 @@ def save(converted: nn.Module, path: str | Path) -> None:
     """
     tensors, shared = _tensors_to_store(converted)
     description = _describe(converted, shared)
+    if not description.layers:
+        warn(
+            f"no layer of {type(converted).__name__} is split: it is saved as it is. If it was converted, something "
+            "has built dense convolutions in place of split layers since, as fuse() of some libraries does"
+        )
     header = {KEY: json.dumps({"format": FORMAT, **asdict(description)}), "format": "pt"}
     write_whole(Path(path), lambda temporary: save_file(tensors, temporary, header))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,15 @@ def repvgg() -> nn.Module:
     model = ByobNet(ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=16), num_classes=4).eval()
     assert timm
     return model
+
+
+def test_a_model_that_has_become_dense_is_not_saved_without_a_word(tmp_path: Path) -> None:
+    dense = nn.Sequential(SeparableConv2d(6, 12, 3).merged())
+    with pytest.warns(convsplit.ConversionWarning, match="no layer of Sequential is split.*built dense convolutions"):
+        convsplit.save(dense, tmp_path / "dense.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convsplit.save(nn.Sequential(SeparableConv2d(6, 12, 3)), tmp_path / "split.safetensors")
 
 
 def test_what_would_be_built_anew_is_said_before_it_is() -> None:
