@@ -2,7 +2,8 @@
 
 A block is a span of the traced graph between two points where a single tensor passes, such as a residual block or a
 convolution with its batch norm and ReLU. Where long skip connections leave no such points (U-Net, DenseNet), or the
-model does not trace, it is the smallest module around a split layer that takes one tensor and returns one.
+model does not trace, it is the smallest module around a split layer that takes one tensor, and nothing else that is not
+the same in every call (None, a flag, a number), and returns one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from convsplit.data.walk import first_of, walk
+from convsplit.data.walk import walk
 from convsplit.finetune.steps import Steps, start_lockstep
 from convsplit.layers.separable import SeparableConv
 from convsplit.model.copies import scratch_copy
@@ -27,6 +28,7 @@ from convsplit.precision import widened
 
 MOST_LAYERS = 8  # split layers in a span; more of them are no block any longer
 _GOES_ON = ("batchnorm", "activation", "dropout", "normalization", "instancenorm")  # modules of torch.nn
+_CONSTANTS = (type(None), bool, int, float, str)
 _GOES_ON_FUNCTIONS = (
     F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.dropout,
     F.batch_norm, torch.sigmoid, "relu", "relu_", "sigmoid", "contiguous",
@@ -63,8 +65,8 @@ def walk_blocks(
         covered = {name for names in held for name in names} == set(_layers_in(nodes, split))
         if spans and covered and max(map(len, held)) <= MOST_LAYERS:
             return len(spans), _by_spans(*started, spans, split)
-    names = find_modules(converted, set(split), batches[0], forward)
-    return len(names), _by_modules(original, converted, names, batches, forward)
+    rests = find_modules(converted, set(split), batches, forward)
+    return len(rests), _by_modules(original, converted, rests, batches, forward)
 
 
 def find_spans(nodes: Sequence[fx.Node], model: nn.Module, split: set[str]) -> list[tuple[int, int]]:
@@ -150,30 +152,75 @@ class _Span:
         return answer
 
 
-def find_modules(converted: nn.Module, split: set[str], batch: Batch, forward: Forward | None) -> list[str]:
-    """The smallest modules around split layers that map a tensor to one, or the layers, in the order of first calls."""
+@dataclass(frozen=True)
+class Rest:
+    """What a module is called with beside the tensor that it works on, which is the first, perhaps by a `keyword`."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    keyword: str = ""
+
+    @classmethod
+    def of(cls, given: Given) -> Rest | None:
+        """None where that is not a tensor first, and constants."""
+        named = tuple(given.kwargs.items())
+        if not given.args and not named:
+            return None
+        first, keyword = (given.args[0], "") if given.args else (named[0][1], named[0][0])
+        rest = cls(given.args[1:], named[bool(keyword) :], keyword)
+        return rest if isinstance(first, Tensor) and _is_constant((*rest.args, *dict(rest.kwargs).values())) else None
+
+    def call(self, module: nn.Module, x: Tensor) -> Any:
+        """Run a module on a tensor and the rest."""
+        kwargs = dict(self.kwargs)
+        return module(**{self.keyword: x}, **kwargs) if self.keyword else module(x, *self.args, **kwargs)
+
+
+def _is_constant(value: Any) -> bool:
+    return all(map(_is_constant, value)) if isinstance(value, tuple | list) else isinstance(value, _CONSTANTS)
+
+
+def find_modules(
+    converted: nn.Module, split: set[str], batches: Sequence[Batch], forward: Forward | None
+) -> dict[str, Rest]:
+    """The smallest modules around split layers that map a tensor to one, or the layers, in the order of first calls.
+
+    What else they are called with is the same in all batches.
+    """
     copied = scratch_copy(converted)
-    arguments: dict[str, list[int]] = {}  # how many there were in each call
-
-    def count(name: str, given: Given, output: Any) -> None:
-        tensors = isinstance(first_of(given.args, given.kwargs), Tensor) and isinstance(output, Tensor)
-        arguments.setdefault(name, []).append(len(given.args) + len(given.kwargs) if tensors else 0)
-
-    with hooked(dict(copied.named_modules()), after=count), quiet_run(copied):
-        run_or_explain(copied, batch, forward)
-    around = dict.fromkeys(_around(name, arguments) for name in arguments if name in split)
-    return [name for name in around if not any(name != other and name.startswith(f"{other}.") for other in around)]
+    calls = _calls(copied, batches[0], forward)
+    if any(rests[0] not in (None, Rest()) for rests in calls.values()):
+        for batch in batches[1:]:
+            others = _calls(copied, batch, forward)
+            calls = {name: rests if others.get(name) == rests else [None] for name, rests in calls.items()}
+    around = dict.fromkeys(_around(name, calls) for name in calls if name in split)
+    outermost = [n for n in around if not any(n != other and n.startswith(f"{other}.") for other in around)]
+    return {name: calls[name][0] or Rest() for name in outermost}
 
 
-def _around(name: str, arguments: dict[str, list[int]]) -> str:
+def _calls(model: nn.Module, batch: Batch, forward: Forward | None) -> dict[str, list[Rest | None]]:
+    """Of each call of each module what it gets beside a tensor; None where it does not map one tensor to another."""
+    calls: dict[str, list[Rest | None]] = {}
+
+    def note(name: str, given: Given, output: Any) -> None:
+        calls.setdefault(name, []).append(Rest.of(given) if isinstance(output, Tensor) else None)
+
+    with hooked(dict(model.named_modules()), after=note), quiet_run(model):
+        run_or_explain(model, batch, forward)
+    return calls
+
+
+def _around(name: str, calls: dict[str, list[Rest | None]]) -> str:
     """The parent of a split layer, if it is called, once and with one tensor alone; not the whole model."""
     parent = name.rpartition(".")[0]
-    return parent if parent and arguments.get(parent) == [1] else name
+    return parent if parent and len(calls.get(parent, ())) == 1 and calls[parent][0] is not None else name
 
 
 def _by_modules(
-    original: nn.Module, converted: nn.Module, names: list[str], batches: Sequence[Batch], forward: Forward | None
-) -> Iterator[Block]:
+    original: nn.Module, converted: nn.Module, rests: dict[str, Rest], batches: Sequence[Batch],
+    forward: Forward | None,
+) -> Iterator[Block]:  # fmt: skip
+    names = list(rests)
     modes = _autocast_around(converted, names, batches[0], forward)
     stops = walk(original, converted, names, (), batches, forward, math.inf, tails=False, every_call=False)
     with closing(stops):
@@ -183,7 +230,7 @@ def _by_modules(
             pairs = [
                 (widened(x.clone()), widened(y.clone())) for x, y, _ in stop.values()
             ]  # may be worked on in place
-            run = _Module(module, modes[stop.name])
+            run = _Module(module, rests[stop.name], modes[stop.name])
             yield Block(stop.name, layers, (module,), run, [x for x, _ in pairs], [y for _, y in pairs])
 
 
@@ -205,11 +252,11 @@ def _autocast_around(
 class _Module:
     """A module as a function of the tensor that enters it."""
 
-    def __init__(self, module: nn.Module, autocast: dict[str, torch.dtype]) -> None:
-        self.module, self.autocast = module, autocast
+    def __init__(self, module: nn.Module, rest: Rest, autocast: dict[str, torch.dtype]) -> None:
+        self.module, self.rest, self.autocast = module, rest, autocast
 
     def __call__(self, x: Tensor) -> Any:
         with ExitStack() as modes:
             for kind, dtype in self.autocast.items():
                 modes.enter_context(torch.autocast(kind, dtype))
-            return self.module(x.clone())
+            return self.rest.call(self.module, x.clone())

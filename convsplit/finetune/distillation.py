@@ -232,7 +232,7 @@ class _Loss:
         self.student, self.teacher, self.forward, self.criterion = student, teacher, forward or call, criterion
         self.temperature, self.features = temperature, features
         split = {name for name, m in student.named_modules() if isinstance(m, SeparableConv)}
-        self.watched = find_modules(student, split, example, forward) if features else []
+        self.watched = list(find_modules(student, split, [example], forward)) if features else []
         self.seen: dict[int, dict[str, Tensor]] = {id(student): {}, id(teacher): {}}
         self.energies: dict[str, Tensor] = {}
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import convsplit
 from convsplit.data.batches import checked_batches
-from convsplit.finetune.blocks import find_modules
+from convsplit.finetune.blocks import find_modules, walk_blocks
 from convsplit.layers import SeparableConv
 from convsplit.model.copies import scratch_copy
 
@@ -75,7 +75,7 @@ def test_the_model_comes_nearer_and_no_block_gets_worse(build: Callable[[], tupl
     model.eval()
     converted = convsplit.convert(model, forms=("dw-pw", "pw-dw"), budget=convsplit.Budget(params=0.3))
     before = convsplit.compare(converted, model, data).drift
-    blocks = convsplit.reconstruct(converted, model, data, steps=30)
+    blocks = convsplit.reconstruct(converted, model, data, steps=12)
     after = convsplit.compare(converted, model, data).drift
     assert blocks
     assert all(block.after <= block.before for block in blocks)
@@ -83,11 +83,40 @@ def test_the_model_comes_nearer_and_no_block_gets_worse(build: Callable[[], tupl
     assert after.relative < before.relative
 
 
-def test_modules_with_other_arguments_are_no_blocks() -> None:
-    torch.manual_seed(0)
-    model, data = of_optional_arguments()
+class Flagged(nn.Module):
+    """Its middle block gets constants beside its tensor, one of them by the size of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.sized = nn.Conv2d(3, 16, 3, padding=1), Optional(), Optional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.sum() > math.inf:
+            return x
+        return self.sized(self.middle(x=x, skip=None, act="tanh"), None, float(x.shape[-1]))
+
+
+def blocks_of(model: nn.Module, data: Batches) -> list[str]:
     converted = scratch_copy(convsplit.convert(model, forms="dw-pw", rank=1))
     split = {name for name, m in converted.named_modules() if isinstance(m, SeparableConv)}
-    found = find_modules(converted, split, checked_batches(data)[0], None)
+    return list(find_modules(converted, split, checked_batches(data), None))
+
+
+def test_modules_with_other_tensors_are_no_blocks() -> None:
+    torch.manual_seed(0)
     own = [f"{name}.{part}" for name in ("scaled", "other") for part in ("first", "second")]
-    assert found == ["stem", "plain", *own]
+    assert blocks_of(*of_optional_arguments()) == ["stem", "plain", *own]
+
+
+def test_constants_are_replayed_where_they_are_the_same_in_all_batches() -> None:
+    torch.manual_seed(0)
+    model, data = Flagged().eval(), [torch.randn(8, 3, 10, 10) for _ in range(2)]
+    assert blocks_of(model, data) == ["stem", "middle", "sized"]
+    assert blocks_of(model, [*data, torch.randn(8, 3, 12, 12)]) == ["stem", "middle", "sized.first", "sized.second"]
+    converted = convsplit.convert(model, exact=True)
+    _, blocks = walk_blocks(scratch_copy(model), scratch_copy(converted), data, None)
+    with torch.no_grad():
+        for block in blocks:
+            for x, target in zip(block.inputs, block.targets, strict=True):
+                torch.testing.assert_close(block.run(x), target, rtol=1e-3, atol=1e-4)

@@ -70,7 +70,7 @@ def test_modules_are_found_where_no_single_tensor_passes():
     model = UNet()
     converted = convsplit.convert(model, rank=1, forms="dw-pw")
     split = {name for name, m in converted.named_modules() if isinstance(m, SeparableConv2d)}
-    assert find_modules(converted, split, images(2), None) == ["down.0", "down.1", "up", "last"]
+    assert list(find_modules(converted, split, [images(2)], None)) == ["down.0", "down.1", "up", "last"]
 
 
 @pytest.mark.parametrize("cls", [SmallNet, Untraceable, UNet], ids=lambda c: c.__name__)
