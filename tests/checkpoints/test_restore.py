@@ -281,7 +281,7 @@ def test_any_tensor_gone_or_exchanged_is_an_error_in_words() -> None:
     whole = converted_net().state_dict()
     # Not these: torch fills one in for old files, and without the other equal shares are what is meant.
     state = {key: value for key, value in whole.items() if not key.endswith(("num_batches_tracked", "channels"))}
-    others: list[Any] = [None, "text", torch.zeros(()), torch.zeros(0), torch.zeros(3, 5), torch.zeros(2, 2, 2, 2)]
+    others: list[Any] = ["text", torch.zeros(2, 2, 2, 2)]
     for key, value in state.items():
         for other in others:
             if not isinstance(other, Tensor) or other.shape != value.shape:
