@@ -192,7 +192,15 @@ def copy_with(model: M, replacements: Mapping[str, nn.Module]) -> M:
 
 def _settle(copied: nn.Module) -> None:
     for package in {kind.__module__.split(".")[0] for kind in type(copied).__mro__}.intersection(SETTLED_BY):
-        adapter = importlib.import_module(f"convsplit.integrations.{package}")
+        try:
+            adapter = importlib.import_module(f"convsplit.integrations.{package}")
+        except (ImportError, AttributeError) as error:  # a version that has not what the adapter builds on
+            warn(
+                f"convsplit.integrations.{package} does not fit this version of {package} ({error}): the model is "
+                "converted as any other, but trained, saved and loaded by its library it may become dense or lose its "
+                "weights. Use convsplit.save and load, or a newer version"
+            )
+            continue
         if isinstance(copied, adapter.ROOT):
             adapter.settle(copied)
 
