@@ -23,6 +23,7 @@ from functools import partial
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import convsplit
 from benchmarks.baselines import packages
@@ -254,6 +255,15 @@ def _row(budget: str, own: Candidate, task: Task, times: list[tuple[float | None
 
 
 def _bytes(model: nn.Module) -> int:
-    """Of what is stored, each tensor once."""
-    tensors = {t.untyped_storage().data_ptr(): t for t in model.state_dict(keep_vars=True).values()}
+    """Of what is stored, each tensor once; of a graph, what it reads: torchao leaves the float weights beside."""
+    held = model.state_dict(keep_vars=True)
+    if isinstance(model, GraphModule):
+        held = {node.target: _attribute(model, node.target) for node in model.graph.nodes if node.op == "get_attr"}
+    tensors = {t.untyped_storage().data_ptr(): t for t in held.values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _attribute(model: nn.Module, path: str) -> object:
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
