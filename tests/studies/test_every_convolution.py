@@ -206,6 +206,19 @@ def test_moments_give_the_dense_least_squares_solution(
         torch.testing.assert_close(best.flatten(2), oracle, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_whole_video_network_is_exact() -> None:
+    """R(2+1)D-18: 37 kernels of three axes, flat ones and three of one position, 31 M parameters."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model, x = torchvision.models.video.r2plus1d_18().double().eval(), torch.randn(1, 3, 4, 16, 16).double()
+    known = convsplit.study(model, x, forms=("dw-pw", "pw-dw", "pw-pw"))
+    exact = known.convert(exact=True)
+    assert sum(isinstance(layer, SeparableConv) for layer in exact.modules()) == 37
+    with torch.no_grad():
+        torch.testing.assert_close(exact(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 def test_kinds_live_together_in_one_model() -> None:
     """A spectrogram's way: sounds, images, volumes, and back; channels-last layouts are for images alone."""
 
