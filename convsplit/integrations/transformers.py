@@ -64,8 +64,11 @@ def settle(converted: PreTrainedModel) -> None:
     if is_split(converted):
         converted.config.quantization_config = SplitConfig()
         converted.hf_quantizer = SplitLoader(converted.config.quantization_config)
+        # Names go to files as they are: some classes are saved under names of old, which have no place for stages.
+        converted._weight_conversions = []
     elif isinstance(getattr(converted, "hf_quantizer", None), SplitLoader):
         del converted.hf_quantizer, converted.config.quantization_config
+        vars(converted).pop("_weight_conversions", None)
         with torch.device("meta"):
             warn_of_lost(converted, type(converted)(converted.config))
 

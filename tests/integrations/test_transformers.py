@@ -15,7 +15,13 @@ from convsplit.layers.separable import SeparableConv
 
 pytest.importorskip("transformers", exc_type=ImportError)
 
-from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
 IMAGES = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 
@@ -57,6 +63,22 @@ def test_a_saved_model_comes_back_through_from_pretrained(split: nn.Module, tmp_
     again.save_pretrained(tmp_path / "twice")
     assert torch.allclose(logits(kind.from_pretrained(tmp_path / "twice")), logits(split), atol=1e-6)
     assert again.half().dtype == torch.float16
+
+
+def test_a_class_that_is_saved_under_names_of_old_comes_back(tmp_path: Path):
+    torch.manual_seed(0)
+    config = SegformerConfig(hidden_sizes=[16] * 4, depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16)
+    images = torch.rand(1, 3, 64, 64)
+    converted = convsplit.convert(SegformerForSemanticSegmentation(config).eval(), images)
+    converted.save_pretrained(tmp_path)
+    again = SegformerForSemanticSegmentation.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "twice")
+    for each in (again, SegformerForSemanticSegmentation.from_pretrained(tmp_path / "twice")):
+        assert torch.allclose(each(images).logits, converted(images).logits, atol=1e-6)
+    merged = convsplit.merge(converted)
+    merged.save_pretrained(tmp_path / "merged")
+    dense = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(dense(images).logits, merged(images).logits, atol=1e-6)
 
 
 def test_shards_are_read_like_one_file(split: nn.Module, tmp_path: Path):
