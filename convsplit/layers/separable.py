@@ -257,7 +257,8 @@ class SeparableConv(nn.Module):
     ) -> SeparableConv:
         """The best approximation of `conv` in this form, on its device, in its dtype and memory format.
 
-        `conv` is not changed. `rank` and `components` as for the class; `seed` fixes the start of CP.
+        `conv` is not changed. `rank` and `components` as for the class, but never more than what is exact; `seed` fixes
+        the start of CP.
 
         Raises:
             ValueError: as the class; also where the weight holds NaN or infinite values.
@@ -267,7 +268,10 @@ class SeparableConv(nn.Module):
         >>> torch.allclose(exact.weight, conv.weight)
         True
         """
-        structure = Structure.of(ConvSpec.of(conv), form, rank=rank, components=components)
+        spec = ConvSpec.of(conv)
+        structure = Structure.of(spec, form, rank=rank, components=components)
+        if structure.components > form_named(form).exact(spec):
+            structure = Structure.exact(spec, form)
         return cls.empty_like(conv, **vars(structure)).initialise_from(conv, seed=seed)
 
     @classmethod

@@ -121,6 +121,15 @@ def test_copies_pickles_and_state_dicts():
     torch.testing.assert_close(other(x), layer(x))
 
 
+@pytest.mark.parametrize("form", ["dw-pw", "pw-dw", "pw-dw-pw"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_from_conv_takes_no_more_components_than_are_exact(form, channels):
+    conv = nn.Conv2d(channels, 8, 3).double()
+    layer = SeparableConv2d.from_conv(conv, form=form, components=1000)
+    assert layer.components < 100
+    assert torch.allclose(layer.weight, conv.weight)
+
+
 def test_from_conv_keeps_what_the_module_carries():
     conv = make_conv(3, {"padding": 1}).to(memory_format=torch.channels_last).eval()
     conv.weight.requires_grad_(False)
