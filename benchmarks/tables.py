@@ -1,0 +1,97 @@
+"""Tables of the documentation, made of stored results, which pages name in markers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.results import Result, Sheet
+from convsplit.tables import Table
+
+
+def whole(results: dict[str, Result], name: str) -> str:
+    """All sheets of one result, and what they were measured with."""
+    sheets = (f"**{sheet.title}**\n\n{_told(sheet.table)}\n\n{sheet.notes}".strip() for sheet in results[name].sheets)
+    return "\n\n".join([results[name].conditions(), *sheets])
+
+
+def _told(table: Table) -> str:
+    """Without columns in which nothing was measured."""
+    columns = list(zip(*table.rows, strict=True))
+    kept = [index for index, cells in enumerate(columns) if set(cells) - {"-", ""}]
+    rows = [[row[index] for index in kept] for row in table.rows]
+    return Table([table.headings[index] for index in kept], rows, table.left).markdown()
+
+
+SHORT = {
+    "way": "", "MACs kept": "MACs kept", "accuracy": "accuracy (95 %)",
+    "recalibrated: points lost": "points lost, recalibrated",
+    "eager, faster": "eager", "ONNX Runtime, faster": "ONNX Runtime",
+}  # fmt: skip
+IN_README = {
+    "dense": "dense", "convsplit": "convsplit, no data", "convsplit, repaired": "**convsplit, repaired**",
+    "slice-wise SVD, pw-dw": "slice-wise SVD (Network Decoupling)",
+    "spatial SVD, k x 1 and 1 x k": "spatial SVD (AIMET)", "tensorly parafac, four modes": "tensorly, CP",
+    "tensorly-torch, Tucker": "tensorly-torch, Tucker", "torch-pruning, channels": "torch-pruning",
+    "torchao, int8, compiled": "torchao, int8",
+}  # fmt: skip
+
+
+def short(results: dict[str, Result], argument: str) -> str:
+    """The rows of one budget that README shows, `FILE BUDGET`."""
+    name, budget = argument.split(" ")
+    (sheet,) = results[name].sheets
+    rows = [[IN_README.get(cells["way"], ""), *(cells[heading] for heading in list(SHORT)[1:])]
+            for cells in _records(sheet) if cells["budget"] == budget and cells["way"] in IN_README]  # fmt: skip
+    return Table(list(SHORT.values()), rows, frozenset({""})).markdown()
+
+
+def losses(results: dict[str, Result], argument: str) -> str:
+    """Where another way beats convsplit's repaired one: by which figure, and by how much."""
+    better = {
+        "points lost": min, "recalibrated: points lost": min, "eager, faster": max, "ONNX Runtime, faster": max,
+        "CPU s": min,
+    }  # fmt: skip
+    rows = []
+    for name in argument.split(" "):
+        for sheet in results[name].sheets:
+            for budget in dict.fromkeys(cells["budget"] for cells in _records(sheet)):
+                own, others = _at(sheet, budget)
+                for heading, best in better.items():
+                    ours = own["points lost" if heading.startswith("recalibrated") else heading]
+                    ahead = [way for way in others if _beats(way[heading], ours, best)]
+                    if ahead:
+                        first = best(ahead, key=lambda way: _value(way[heading]))
+                        rows.append([sheet.title, budget, heading, ours, f"{first['way']}: {first[heading]}",
+                                     first["accuracy"], str(len(ahead))])  # fmt: skip
+    headings = ["network", "budget", "figure", "convsplit, repaired", "best of the others", "its accuracy", "ahead"]
+    return Table(headings, rows, frozenset({"network", "budget", "figure", "best of the others"})).markdown()
+
+
+def conditions(results: dict[str, Result], name: str) -> str:
+    return results[name].conditions()
+
+
+def _records(sheet: Sheet) -> list[dict[str, str]]:
+    return [dict(zip(sheet.table.headings, row, strict=True)) for row in sheet.table.rows]
+
+
+def _at(sheet: Sheet, budget: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """convsplit's repaired row of a budget, and those of the other packages and methods."""
+    rows = [cells for cells in _records(sheet) if cells["budget"] == budget]
+    own = next(cells for cells in rows if cells["way"] == "convsplit, repaired")
+    return own, [cells for cells in rows if not cells["way"].startswith(("convsplit", "dense"))]
+
+
+def _value(cell: str) -> float:
+    from benchmarks.results import number
+
+    return value if (value := number(cell)) is not None else float("nan")
+
+
+def _beats(theirs: str, ours: str, best: Callable[..., float]) -> bool:
+    return _value(theirs) < _value(ours) if best is min else _value(theirs) > _value(ours)
+
+
+TABLES: dict[str, Callable[[dict[str, Result], str], str]] = {
+    "whole": whole, "short": short, "losses": losses, "conditions": conditions,
+}  # fmt: skip

@@ -1,0 +1,50 @@
+"""README and documentation have the figures of the stored results, and README has no others."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+pytest.importorskip("sklearn")
+
+from benchmarks import page  # noqa: E402
+from benchmarks.results import Result, Sheet  # noqa: E402
+from convsplit.tables import Table  # noqa: E402
+
+TYPED = re.compile(r"\d (?:%|points?|ms|seconds|times)(?!\w)|\d\.?\d*x\b")
+TESTED_ELSEWHERE = ("tells 99.4 % of 500 test images right",)  # tests/docs/test_examples.py
+
+
+@pytest.mark.parametrize("path", page.current(), ids=lambda path: path.name)
+def test_documents_are_as_the_results_have_them(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == page.current()[path], "run python -m benchmarks page"
+
+
+def test_no_figure_of_the_readme_is_typed_by_hand() -> None:
+    text = page.TABLE.sub("", page.FIGURE.sub("", (ROOT / "README.md").read_text(encoding="utf-8")))
+    for known in TESTED_ELSEWHERE:
+        text = text.replace(known, "")
+    assert not [line for line in text.splitlines() if TYPED.search(line)]
+
+
+def test_a_marker_is_filled_with_the_cell_it_names() -> None:
+    table = Table(["way", "lost"], [["CP", "2.20"], ["SVD", "9.90"]])
+    results = {"peers": Result("peers", "python -m benchmarks peers", [Sheet("digits", table, ["way"])])}
+    marked = "CP loses <!-- figure: peers / digits / CP / lost -->7<!-- /figure --> points."
+    assert page.filled(marked, results) == marked.replace(">7<", ">2.20<")
+    shown = page.filled("<!-- table: whole peers --><!-- /table -->", results)
+    assert "| CP | 2.20 |" in shown
+    assert page.filled(shown, results) == shown
+    with pytest.raises(KeyError, match="no such figure"):
+        page.filled("<!-- figure: peers / digits / CP / won -->7<!-- /figure -->", results)
+
+
+def test_a_figure_typed_by_hand_is_seen() -> None:
+    for typed in ("loses 2.2 points", "at 25 % of it", "1.5x faster", "in 3 ms"):
+        assert TYPED.search(typed)
+    assert not TYPED.search("an 1 x 1 kernel of ResNet-20")
