@@ -23,7 +23,7 @@ from convsplit.precision import widened
 from convsplit.spec import Axes, Convolution, ConvSpec, axes_of, padding_around, per_axis
 
 POSITIONS_PER_UNKNOWN = 200
-NEIGHBOURS = 0.3  # correlation of inputs one position apart, where it is not measured
+NEIGHBOURS = 0.4  # correlation of inputs one position apart, where it is not measured
 ROUNDING = 1e-12  # of the energy of patches: what is left of it once their mean is taken off equal ones
 WIDEST = 5000  # channels: moments of more take memory and time that grow with their square and their cube
 SAMPLE_BYTES = 256 << 20  # what the patches of one layer may take up: 14 positions an unknown of 512 channels, 3 x 3
@@ -198,7 +198,7 @@ class Assumed:
 
     Features of trained networks are smooth: on CIFAR-10 those of ResNet-20 correlate by 0.25 to 0.88 from a position
     to the next. A fit that weighs all directions alike spends components on changes that inputs hardly hold. What is
-    assumed is a first-order autoregressive process along each axis, of correlation `NEIGHBOURS`: it took a fifth to a
+    assumed is a first-order autoregressive process along each axis, of correlation `NEIGHBOURS`: it took a tenth to a
     half off the drift of three trained networks (benchmarks/results/accuracy.md).
     """
 
@@ -209,7 +209,7 @@ class Assumed:
         """For the kernel of a convolution. Positions of a transposed one that never meet in an output do not correlate.
 
         >>> Assumed.of(ConvSpec(4, 8, (3,)), torch.device("cpu")).positions[0, 0]
-        tensor([1.0000, 0.3000, 0.0900], dtype=torch.float64)
+        tensor([1.0000, 0.4000, 0.1600], dtype=torch.float64)
         """
         joint = torch.ones(1, 1, dtype=torch.float64, device=device)
         for size, stride, dilation in zip(spec.kernel_size, spec.stride, spec.dilation, strict=True):

@@ -67,7 +67,9 @@ def test_a_saved_model_comes_back_through_from_pretrained(split: nn.Module, tmp_
 
 def test_a_class_that_is_saved_under_names_of_old_comes_back(tmp_path: Path):
     torch.manual_seed(0)
-    config = SegformerConfig(hidden_sizes=[16] * 4, depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16)
+    config = SegformerConfig(
+        hidden_sizes=[16] * 4, depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16
+    )
     images = torch.rand(1, 3, 64, 64)
     converted = convsplit.convert(SegformerForSemanticSegmentation(config).eval(), images)
     converted.save_pretrained(tmp_path)
