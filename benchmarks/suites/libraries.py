@@ -1,6 +1,6 @@
 """The life of a converted model in other libraries, stage by stage, on small configurations with random weights.
 
-    python benchmarks/libraries.py [--only ultralytics timm] [--out benchmarks/results/libraries.md]
+    python -m benchmarks libraries [--only ultralytics timm]
 
 A cell says "works", "as dense" (fails, and so does the dense model), or why it does not work.
 
@@ -17,16 +17,15 @@ A cell says "works", "as dense" (fails, and so does the dense model), or why it 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convsplit
+from benchmarks.results import Sheet
 from convsplit import Budget
 from convsplit.finetune import parameter_groups
 from convsplit.layers.separable import SeparableConv
+from convsplit.tables import Table
 
+CHECKOUT = Path(__file__).parents[2]
 FORMS = ("dw-pw", "pw-dw")
 SIZE = 64
 
@@ -437,8 +439,8 @@ class Life:
 import sys, torch
 FOLDER = {str(folder)!r}
 {self.library.loads}
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from libraries import run, split
+sys.path.insert(0, {str(CHECKOUT)!r})
+from benchmarks.suites.libraries import run, split
 torch.save((len(split(model)), run(model.float(), torch.load(FOLDER + "/images.pt"))), FOLDER + "/found.pt")
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -489,38 +491,24 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
 STAGES = ("convert", "exact", "repair", "predict", "fuse", "train", "keep", "export", "eight bits")
 
 
-def table(found: dict[str, list[str]], command: str) -> str:
-    packages = [LIBRARIES[name]().package for name in found]
-    versions = [f"{each} {version(each)}" for each in ("torch", *packages, "onnx", "onnxruntime")]
-    lines = ["# Converted models in other libraries", ""]
-    lines += [f"`{command}`, Python {platform.python_version()}, {', '.join(versions)}."]
-    lines += ["", "Small configurations with random weights. What each stage asks for:", "", "```text"]
-    lines += [line.strip() for line in (__doc__ or "").split("why it does not work.")[1].strip().splitlines()]
-    lines += ["```", "", f"| library | {' | '.join(STAGES)} |", f"|:---|{':---|' * len(STAGES)}"]
-    lines += [f"| {name} | {' | '.join(cell.replace('|', '/') for cell in cells)} |" for name, cells in found.items()]
-    return "\n".join(lines) + "\n"
+QUICK = {"only": ["torchvision"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
+
+
+def measure(args: Namespace) -> Iterator[Sheet]:
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    found: dict[str, list[str]] = {}
-    for name in (each for each in LIBRARIES if each in args.only):
-        with tempfile.TemporaryDirectory() as folder:
-            life = Life(LIBRARIES[name](), Path(folder))
-            found[name] = [life.cell(stage) for stage in STAGES]
-            print(name, dict(zip(STAGES, found[name], strict=True)), flush=True)
-            os.chdir(Path(__file__).parents[1])
-    text = table(found, "python benchmarks/libraries.py")
-    print(text)
-    if args.out:
-        args.out.write_text(text)
-
-
-if __name__ == "__main__":
-    main()
+    rows: list[list[str]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in (each for each in LIBRARIES if each in args.only):
+            with tempfile.TemporaryDirectory() as folder:
+                life = Life(LIBRARIES[name](), Path(folder))
+                package = life.library.package
+                rows.append([name, f"{package} {version(package)}", *(life.cell(stage) for stage in STAGES)])
+                os.chdir(CHECKOUT)
+    yield Sheet(
+        "life", Table(["library", "version", *STAGES], rows, frozenset({"library", "version", *STAGES})), ["library"]
+    )
