@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from convsplit.kinds import is_convolution
+from convsplit.kinds import is_convolution, is_linear
 from convsplit.layers.separable import SeparableConv
 from convsplit.storage import state_of
 
@@ -67,10 +67,10 @@ def _one_of(prefixes: Counter[str]) -> str:
 
 
 def _places(model: nn.Module) -> set[str]:
-    """All names that tensors of the model have or would have, if its convolutions were split or dense."""
+    """All names that tensors of the model have or would have, if its layers were split or dense."""
     places = set(state_of(model))
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SeparableConv) or is_convolution(module):
+        if isinstance(module, SeparableConv) or is_convolution(module) or is_linear(module):
             places.update(f"{name}.{each}".lstrip(".") for each in (*STAGES, *_OTHERS))
     return places
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convsplit.checkpoints.names import STAGES
 from convsplit.forms import KNOWN, Form
-from convsplit.kinds import equivalent, is_convolution
+from convsplit.kinds import equivalent, is_convolution, is_linear
 from convsplit.layers.separable import SeparableConv
 from convsplit.spec import ConvSpec
 from convsplit.storage import StoredLayer, layer_problems, printed
@@ -36,7 +36,7 @@ def recognise(model: nn.Module, state: Mapping[str, Any]) -> tuple[StoredLayer, 
     """
     layers: list[StoredLayer] = []
     problems: list[str] = []
-    for name, module in _convolutions(model):
+    for name, module in _layers(model):
         own = _inside(name, state)
         stages = tuple(stage for stage in STAGES if stage in own)
         if stages:
@@ -55,10 +55,13 @@ def recognise(model: nn.Module, state: Mapping[str, Any]) -> tuple[StoredLayer, 
     return tuple(layers)
 
 
-def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that may be split somewhere, none of what is inside another one."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module not in inside and (isinstance(module, SeparableConv) or is_convolution(module)):
+        if module not in inside and (
+            isinstance(module, SeparableConv) or is_convolution(module) or is_linear(module)
+        ):
             inside.update(module.modules())
             yield name, module
 
@@ -104,7 +107,7 @@ def _components(form: Form, spec: ConvSpec, own: Mapping[str, Any]) -> int:
 def _foreign(name: str, module: nn.Module, own: Mapping[str, Any]) -> str:
     """Where a convolution has none of its tensors in the state_dict, but others: somebody else's stages."""
     known = set(module.state_dict())
-    if isinstance(module, SeparableConv) or not own or known & set(own):
+    if isinstance(module, SeparableConv) or not is_convolution(module) or not own or known & set(own):
         return ""
     return (
         f"{name!r} has {', '.join(sorted(own)[:6])}: no weight, and no stages of a split layer "

@@ -707,6 +707,13 @@ class SeparableLinear(SeparableConv):
         return f"{self.in_features}, {self.out_features}, bias={self.spec.bias}, rank={self.rank}"
 
 
+SeparableLinear.__jit_unused_properties__ = [  # type: ignore[attr-defined]
+    *SeparableConv.__jit_unused_properties__,  # type: ignore[attr-defined]
+    "in_features",
+    "out_features",
+]
+
+
 class SeparableConvTranspose(SeparableConv):
     """What transposed ones have in common: their depthwise stage is a transposed convolution, the others are not."""
 

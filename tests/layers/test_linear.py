@@ -208,6 +208,18 @@ def test_exported(tmp_path: Path) -> None:
     done = convsplit.export(converted, tmp_path / "model.onnx", x, seconds=0.05)
     assert done.difference < 1e-4
     torch.testing.assert_close(torch.export.export(converted, (x,)).module()(x), converted(x))
+    torch.testing.assert_close(torch.jit.script(converted)(x), converted(x))
+
+
+def test_restored_from_any_checkpoint_and_a_dense_one_split_as_they_are() -> None:
+    model, x = mixer(), images(8)
+    converted = small(model, images(64))
+    restored = convsplit.restore(mixer(), {f"module.{name}": value for name, value in converted.state_dict().items()})
+    assert torch.equal(restored(x), converted(x))
+    split = convsplit.restore(converted, model.state_dict(), factorise=True)
+    assert [type(module) for module in split.modules()] == [type(module) for module in converted.modules()]
+    with pytest.raises(RuntimeError, match="up is split here, and dense in the state_dict"):
+        converted.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
