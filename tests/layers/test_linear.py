@@ -230,7 +230,7 @@ def test_measured(runtime: str, leading: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
     x, stopwatch = torch.randn(*leading, 512), Stopwatch(1.0, runtime=runtime)
-    plan = convsplit.make_plan(model, x, linear=True, budget=Budget(latency=0.9), stopwatch=stopwatch)
+    plan = convsplit.make_plan(model, x, linear=True, budget=Budget(params=0.25), prefer="speed", stopwatch=stopwatch)
     assert plan.split
     assert all(layer.dense.milliseconds > layer.option.milliseconds > 0 for layer in plan.split)
 
