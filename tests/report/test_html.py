@@ -106,7 +106,8 @@ def test_every_form_is_drawn(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16, 8)).eval()
     inputs, forms = torch.randn(2, 8, 3, 3), (*FORMS, "pw-pw")
-    report = convsplit.compare(convsplit.convert(model, forms=forms, linear=True), model, inputs)
+    converted = convsplit.convert(model, forms=forms, linear=True, budget=convsplit.Budget(params=0.25))
+    report = convsplit.compare(converted, model, inputs)
     assert {layer.form for layer in report.layers} >= {"pw-pw"}
     text = page_of(
         report, convsplit.frontier(model, inputs[:1], budgets=(0.7, 0.5), forms=forms, linear=True), tmp_path
