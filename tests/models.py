@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
 
 class UNet(nn.Module):
     """Two levels down and up again, with skip connections by concatenation and a transposed convolution."""
@@ -80,3 +82,12 @@ def awakened(model: nn.Module, seed: int = 0) -> nn.Module:
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     return model
+
+
+def assert_same_model(one: nn.Module, other: nn.Module, images: Tensor = IMAGES) -> None:
+    """The same state, and the same outputs to the last digit."""
+    state, again = one.state_dict(), other.state_dict()
+    assert list(state) == list(again)
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    with torch.no_grad():
+        torch.testing.assert_close(one.eval()(images), other.eval()(images), rtol=0, atol=0)

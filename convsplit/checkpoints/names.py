@@ -66,11 +66,16 @@ def _one_of(prefixes: Counter[str]) -> str:
     return ranked[0]
 
 
+def may_be_split(module: nn.Module) -> bool:
+    """Whether a layer is split, or is of a kind that checkpoints may hold split."""
+    return isinstance(module, SeparableConv) or is_convolution(module) or is_linear(module)
+
+
 def _places(model: nn.Module) -> set[str]:
     """All names that tensors of the model have or would have, if its layers were split or dense."""
     places = set(state_of(model))
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SeparableConv) or is_convolution(module) or is_linear(module):
+        if may_be_split(module):
             places.update(f"{name}.{each}".lstrip(".") for each in (*STAGES, *_OTHERS))
     return places
 

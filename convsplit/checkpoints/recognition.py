@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convsplit.checkpoints.names import STAGES
+from convsplit.checkpoints.names import STAGES, may_be_split
 from convsplit.forms import KNOWN, Form
-from convsplit.kinds import equivalent, is_convolution, is_linear
+from convsplit.kinds import equivalent, is_convolution
 from convsplit.layers.separable import SeparableConv
 from convsplit.spec import ConvSpec
 from convsplit.storage import StoredLayer, layer_problems, printed
@@ -59,9 +59,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers that may be split somewhere, none of what is inside another one."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module not in inside and (
-            isinstance(module, SeparableConv) or is_convolution(module) or is_linear(module)
-        ):
+        if module not in inside and may_be_split(module):
             inside.update(module.modules())
             yield name, module
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Aliased, Tied, UNet, awakened, small_net
+from models import IMAGES, Aliased, Tied, UNet, assert_same_model, awakened, small_net
 from safetensors.torch import save_file, save_model
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
@@ -25,21 +25,11 @@ from convsplit.checkpoints import recognise, skeleton
 from convsplit.forms import FORMS
 from convsplit.layers import SeparableConv
 
-IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
 
 def converted_net(**how: Any) -> nn.Module:
     torch.manual_seed(0)
     how = how or {"forms": ("dw-pw", "pw-dw"), "budget": convsplit.Budget(error=0.4)}
     return convsplit.convert(awakened(small_net()), **how).eval()
-
-
-def assert_same_model(one: nn.Module, other: nn.Module, images: Tensor = IMAGES) -> None:
-    state, again = one.state_dict(), other.state_dict()
-    assert list(state) == list(again)
-    assert all(torch.equal(state[name], again[name]) for name in state)
-    with torch.no_grad():
-        torch.testing.assert_close(one.eval()(images), other.eval()(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Aliased, Tied, UNet, awakened, small_net
+from models import IMAGES, Aliased, Tied, UNet, assert_same_model, awakened, small_net
 from safetensors import safe_open
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from convsplit import SeparableConv2d, load, merge, save, storage
 from convsplit.forms import FORMS
 from convsplit.storage import save_folder
 
-IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 MIXED = {"forms": ("dw-pw", "pw-dw"), "budget": convsplit.Budget(error=0.4)}
 
 
@@ -34,14 +33,6 @@ def path(tmp_path: Path) -> Path:
 def converted_net(**how: object) -> nn.Module:
     torch.manual_seed(0)
     return convsplit.convert(awakened(small_net()), **(how or MIXED)).eval()
-
-
-def assert_same_model(one: nn.Module, other: nn.Module, images: Tensor = IMAGES) -> None:
-    state, again = one.state_dict(), other.state_dict()
-    assert list(state) == list(again)
-    assert all(torch.equal(state[name], again[name]) for name in state)
-    with torch.no_grad():
-        torch.testing.assert_close(one.eval()(images), other.eval()(images), rtol=0, atol=0)
 
 
 # Round trips
