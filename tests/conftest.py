@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -12,3 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Ultralytics would install what an export could use besides, and look for newer versions of itself.
 os.environ.update(YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is measured in milliseconds is measured again where other work on the machine was in the way."""
+    for item in items:
+        if item.get_closest_marker("clock"):
+            item.add_marker(pytest.mark.flaky(reruns=4))

@@ -74,7 +74,7 @@ def choose_by_time(
     if prefer == "speed":
         offered = [_faster_only(menu) for menu in offered]
     asked, best = budget, None
-    by_latency = budget is not None and budget.kind == "latency"
+    aim = _Aim(budget) if budget is not None and budget.kind == "latency" else None
     within = _Within(model, example_inputs, forward, runtime)
     whole = within.alone()
     offered = [_no_longer(menu, offered, whole) for menu in offered] if not runtime.inside else offered
@@ -82,25 +82,26 @@ def choose_by_time(
         try:
             chosen = _choose(offered, asked, prefer, model_params, model_macs, whole.total)
         except ValueError as error:
-            if best is not None and by_latency:  # asked for less than there is, on the way
-                break
+            if best is not None and aim is not None:  # asked for less than there is, on the way
+                asked = aim.raised()
+                continue
             raise ValueError(f"{error}{_HINT if prefer == 'speed' else ''}") from error
         before, after = within.measured(offered, chosen)
         timed = _in_place(offered, chosen, before, after, conditions)
         again = False
         if prefer == "speed":  # the last try finds such layers with their dense option only
             offered, again = _without_slower(offered, chosen, timed, narrower=1 - (attempt + 1) / (TRIES - 1))
-        if best is None or budget is None or not by_latency or _missed_by(timed, budget) < _missed_by(best, budget):
+        if aim is None or best is None or aim.missed_by(timed) < aim.missed_by(best):
             best = timed
-        if budget is not None and asked is not None and by_latency:
-            again = again or _missed_by(timed, budget) > CLOSE
-            asked = _asked_anew(timed, budget, asked)
+        if aim is not None:
+            again = again or aim.missed_by(timed) > (False, CLOSE)
+            asked = aim.corrected(timed)
         if not again:
             break
     assert best is not None
-    if budget is not None and by_latency and _fraction(best, budget) > budget.fraction * (1 + TOLERANCE):
+    if aim is not None and aim.missed_by(best)[0]:
         raise ValueError(
-            f"{budget!r} could not be reached: the best of {TRIES} tries kept {_fraction(best, budget):.3f} of the "
+            f"{budget!r} could not be reached: the best of {TRIES} tries kept {aim.kept(best):.3f} of the "
             f"milliseconds, measured within the model ({conditions})"
         )
     return best
@@ -243,20 +244,44 @@ def _without_slower(
     return kept, changed
 
 
-def _fraction(timed: Timed, budget: Budget) -> float:
-    """What was kept of the milliseconds that the budget is a fraction of."""
-    if budget.of == "model":
-        return timed.model_milliseconds[1] / timed.model_milliseconds[0]
-    before = sum(menu.dense.milliseconds or 0.0 for menu in timed.menus)
-    return sum(option.milliseconds or 0.0 for option in timed.chosen) / max(before, 1e-12)
+class _Aim:
+    """What to ask of the milliseconds of layers alone, so that within the model a budget of latency is met.
 
+    What was asked is corrected by the ratio of what was wanted and what came of it, but stays between the largest that
+    came out too fast and the smallest that came out too slow: where few layers have few options one step can be too
+    long, and ratios alone would go to and fro.
+    """
 
-def _missed_by(timed: Timed, budget: Budget) -> float:
-    """How far the fraction kept is from the one wanted, relative to it."""
-    return abs(_fraction(timed, budget) / budget.fraction - 1)
+    def __init__(self, budget: Budget) -> None:
+        self.budget, self.asked = budget, budget.fraction
+        self.fast, self.slow = 0.0, 1.0  # at 1 all layers are dense
 
+    def kept(self, timed: Timed) -> float:
+        """What was kept of the milliseconds that the budget is a fraction of."""
+        if self.budget.of == "model":
+            return timed.model_milliseconds[1] / timed.model_milliseconds[0]
+        before = sum(menu.dense.milliseconds or 0.0 for menu in timed.menus)
+        return sum(option.milliseconds or 0.0 for option in timed.chosen) / max(before, 1e-12)
 
-def _asked_anew(timed: Timed, budget: Budget, asked: Budget) -> Budget:
-    """Ask for less where the choice took longer than predicted, and for more where it took less time."""
-    fraction = asked.fraction * budget.fraction / max(_fraction(timed, budget), 1e-6)
-    return Budget(latency=min(max(fraction, 1e-6), 1.0), of=budget.of)
+    def missed_by(self, timed: Timed) -> tuple[bool, float]:
+        """Whether it is slower than is accepted, and how far from what is wanted, relative to it."""
+        missed = self.kept(timed) / self.budget.fraction - 1
+        return missed > TOLERANCE, abs(missed)
+
+    def corrected(self, timed: Timed) -> Budget:
+        """What to ask next, after this came of what was asked last."""
+        kept = max(self.kept(timed), 1e-6)
+        if kept > self.budget.fraction:
+            self.slow = min(self.slow, self.asked)
+        else:
+            self.fast = max(self.fast, self.asked)
+        return self._next(self.asked * self.budget.fraction / kept)
+
+    def raised(self) -> Budget:
+        """What to ask next, after nothing was as fast as what was asked last."""
+        self.fast = max(self.fast, self.asked)
+        return self._next(self.asked)
+
+    def _next(self, wanted: float) -> Budget:
+        self.asked = wanted if self.fast < wanted < self.slow else (self.fast + self.slow) / 2
+        return Budget(latency=self.asked, of=self.budget.of)
