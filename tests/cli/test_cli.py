@@ -266,6 +266,7 @@ def test_bench_prints_and_writes(folder: Path, capsys: pytest.CaptureFixture) ->
     assert main([*given, "--batches", "0"]) == 2
 
 
+@pytest.mark.clock
 def test_plans_by_measured_time(folder: Path, capsys: pytest.CaptureFixture) -> None:
     given = ["plan", *NET, "--input", "1x3x9x9", "--budget", "latency=1.0"]
     assert main(given) == 0

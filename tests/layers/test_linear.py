@@ -222,6 +222,7 @@ def test_restored_from_any_checkpoint_and_a_dense_one_split_as_they_are() -> Non
         converted.load_state_dict(model.state_dict())
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("leading", [(64,), (4, 16)], ids=str)
 def test_measured(runtime: str, leading: tuple[int, ...]) -> None:

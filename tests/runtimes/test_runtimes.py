@@ -186,6 +186,7 @@ def test_what_cannot_be_exported_is_said_with_both_reasons(tmp_path: Path) -> No
         write_onnx(Unexportable(), torch.zeros(1, 3, 4, 4), tmp_path / "m.onnx")
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("runtime", FROM_ONNX)
 def test_plans_for_a_runtime_are_made_of_its_milliseconds(runtime: str) -> None:
     installed(runtime)
@@ -205,6 +206,7 @@ def test_plans_for_a_runtime_are_made_of_its_milliseconds(runtime: str) -> None:
     assert totals["milliseconds_before"] - totals["milliseconds_after"] == pytest.approx(saved, rel=1e-6)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_budget_of_latency_is_met_there(runtime: str) -> None:
     installed(runtime)
@@ -254,6 +256,7 @@ def test_widths_fill_blocks_where_there_are_such() -> None:
         assert _in_blocks(menu, 4096) == menu  # none fits: all stay
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 def test_compiled_models_are_timed_and_chosen_for() -> None:
     net, x = model(), torch.randn(2, 32, 16, 16)

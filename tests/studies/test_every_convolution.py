@@ -156,6 +156,7 @@ def test_files_of_repaired_models_are_checked_in_their_runtime(kind: tuple[int, 
         assert convsplit.export(converted, tmp_path / name, x[:2], runtime=runtime, seconds=0.05).difference < 1e-4
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
 def test_time_is_measured(kind: tuple[int, bool], runtime: str) -> None:
