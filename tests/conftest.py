@@ -7,9 +7,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Several workers that each start a thread per core would fight over the cores.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Several workers that each start a thread per core would fight over the cores; and the milliseconds of one thread are
+# those of the process, to which other work on the machine does not add.
+torch.set_num_threads(1)
 
 # Ultralytics would install what an export could use besides, and look for newer versions of itself.
 os.environ.update(YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
