@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from convsplit.forms import FORMS
-from convsplit.lowrank import CP, cp, cp_curve, cp_each
+from convsplit.lowrank import CP, cp, cp_curve, cp_each, slice_svd
 
 FIRST_USE = """
 import sys, threading
@@ -39,6 +39,26 @@ def test_the_first_use_may_be_in_several_threads_at_once() -> None:
     for run in runs:
         message = run.communicate(timeout=300)[1]
         assert run.returncode == 0, message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [0, 2, None])
+@pytest.mark.parametrize(("m", "n"), [(9, 40), (40, 9), (7, 7), (1, 5), (5, 1)])
+def test_slices_of_any_shape_are_the_sum_of_orthonormal_triplets(
+    m: int, n: int, rank: int | None, dtype: torch.dtype
+) -> None:
+    slices = torch.randn(2, 3, m, n, generator=torch.Generator().manual_seed(m), dtype=dtype)
+    if rank is not None:
+        slices = slices[..., :rank] @ torch.ones(1, 1, min(rank, n), n, dtype=dtype)
+    svd = slice_svd(slices)
+    q, near = min(m, n), 100 * torch.finfo(dtype).eps
+    assert (svd.left.shape, svd.values.shape, svd.right.shape) == ((2, 3, m, q), (2, 3, q), (2, 3, q, n))
+    size = float(slices.norm())
+    assert (svd.left * svd.values.unsqueeze(2) @ svd.right - slices).norm() <= near * size
+    assert (svd.values - torch.linalg.svdvals(slices)).norm() <= near * size
+    assert (svd.values.diff(dim=2) <= 0).all()
+    for vectors in (svd.left.mT, svd.right):
+        assert torch.allclose(vectors @ vectors.mT, torch.eye(q, dtype=dtype), atol=near)
 
 
 def kernel(O: int, I: int, K: int = 9, seed: int = 0, groups: int = 1, decay: float = 0.9) -> torch.Tensor:
