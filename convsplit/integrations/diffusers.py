@@ -17,7 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
-from convsplit.integrations.folders import METHOD, is_split, shapes_in, split_as_in, warn_of_lost
+from convsplit.integrations.folders import METHOD, is_split, make_plain, shapes_in, split_as_in
 from convsplit.layers.stages import ChannelIndex
 
 ROOT = ModelMixin
@@ -93,5 +93,6 @@ def settle(converted: Any) -> None:
         del config["quantization_config"]
         vars(converted).pop("hf_quantizer", None)
         with torch.device("meta"):
-            warn_of_lost(converted, type(converted).from_config(config))
+            built = type(converted).from_config(config)
+        make_plain(converted, built)
     converted._internal_dict = type(converted._internal_dict)(config)

@@ -7,6 +7,7 @@ edit after the conversion cannot make the two differ. Nothing in a file is execu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from convsplit.checkpoints import recognise
 from convsplit.checkpoints.names import aligned
+from convsplit.folding import biases_into_norms
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
+from convsplit.model.running import Batch
 from convsplit.progress import warn
 from convsplit.storage import StoredLayer
 
@@ -87,11 +90,25 @@ def guard(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.weight": torch.empty(0)}
 
 
-def warn_of_lost(merged: nn.Module, built: nn.Module) -> None:
-    """Say which tensors of a merged model its class does not build: biases that a repair has added, above all."""
-    lost = sorted(set(merged.state_dict()) - set(built.state_dict()))
-    if lost:
+def make_plain(merged: nn.Module, built: nn.Module, example_inputs: Batch = None) -> None:
+    """Have a merged model hold the tensors that its class builds, in place: biases of a repair go into batch norms.
+
+    Warns:
+        ConversionWarning: there is none behind them, or nothing proves that it alone sees them. Loading by the class
+            would leave them out, in some libraries without a word.
+    """
+    if not _lost(merged, built):
+        return
+    layers = {name.removesuffix(".bias") for name in _lost(merged, built)}
+    with suppress(ValueError):  # of a model that does not run on these inputs, nothing is proven
+        biases_into_norms(merged, layers, example_inputs)
+    if lost := _lost(merged, built):
         warn(
             f"{type(merged).__name__} builds no {', '.join(lost[:3])}{' and others' * (len(lost) > 3)}, which "
             "from_pretrained will leave out: keep the model split, or save it with convsplit.save"
         )
+
+
+def _lost(merged: nn.Module, built: nn.Module) -> list[str]:
+    """Which tensors of a merged model its class does not build."""
+    return sorted(set(merged.state_dict()) - set(built.state_dict()))

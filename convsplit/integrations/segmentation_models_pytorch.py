@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
 from torch import nn
 
-from convsplit.integrations.folders import shapes_in, split_as_in
+from convsplit.integrations.folders import is_split, make_plain, shapes_in, split_as_in
+from convsplit.model.guards import same_globals
 
 ROOT = SMPHubMixin
 
@@ -24,8 +26,16 @@ def _load_split(cls: type[SMPHubMixin], model: nn.Module, model_file: str, *args
     return cast(nn.Module, _load(cls, model, model_file, *args, **options))
 
 
-def settle(converted: nn.Module) -> None:
-    """Nothing: that this file is imported is all it takes."""
+@same_globals()
+def settle(converted: Any) -> None:
+    """Have a merged model hold what its class builds; of split ones, that this file is imported is all it takes."""
+    if is_split(converted):
+        return
+    arguments = {key: value for key, value in converted.config.items() if not key.startswith("_")}
+    built = type(converted)(**{**arguments, "encoder_weights": None})
+    noise = torch.rand(1, arguments.get("in_channels", 3), 64, 64, generator=torch.Generator().manual_seed(0))
+    first = next(converted.parameters())
+    make_plain(converted, built, None if first.is_meta else noise.to(first))
 
 
 if not hasattr(_load, "__wrapped__"):

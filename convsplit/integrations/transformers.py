@@ -9,6 +9,7 @@ does), loading stops at a tensor of no elements under the name of a kernel, inst
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from convsplit.finetune import parameter_groups
-from convsplit.integrations.folders import METHOD, guard, is_split, shapes_in, split_as_in, warn_of_lost
+from convsplit.integrations.folders import METHOD, guard, is_split, make_plain, shapes_in, split_as_in
 
 ROOT = PreTrainedModel
 
@@ -70,7 +71,18 @@ def settle(converted: PreTrainedModel) -> None:
         del converted.hf_quantizer, converted.config.quantization_config
         vars(converted).pop("_weight_conversions", None)
         with torch.device("meta"):
-            warn_of_lost(converted, type(converted)(converted.config))
+            built = type(converted)(copy.deepcopy(converted.config))
+        make_plain(converted, built, _pictures_for(converted))
+
+
+def _pictures_for(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Noise of the size that a model of pictures was made for; None for other models."""
+    if model.main_input_name != "pixel_values" or model.device.type == "meta":
+        return None
+    channels, size = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", 224)
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    noise = torch.rand(1, channels, *sides, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": noise.to(model.device, model.dtype)}
 
 
 def optimizer_of(converted: PreTrainedModel, arguments: TrainingArguments) -> torch.optim.Optimizer:

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.loaders import LoadImagesAndVideos
 from ultralytics.engine.model import Model
+from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import BaseModel
 
 from convsplit.api import convert as convert_model
+from convsplit.folding import move_bias
 from convsplit.integrations.folders import is_split, put_split
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
@@ -41,12 +43,18 @@ class Settled:
 
 
 def settle(converted: Any) -> None:
-    """Make a checkpoint of a split model bring this file along; called for every model that was converted."""
+    """Make a checkpoint of a split model bring this file along; called for every model that was converted or merged.
+
+    A merged one gives the biases of a repair to its batch norms: those of its class have none, and are copied by name.
+    """
     model = converted.model if isinstance(converted, Model) else converted
     if is_split(model):
         model.convsplit = Settled()
-    else:
-        vars(model).pop("convsplit", None)
+        return
+    vars(model).pop("convsplit", None)
+    for block in model.modules():
+        if isinstance(block, Conv) and hasattr(block, "bn"):
+            move_bias(block.conv, block.bn)
 
 
 def convert(yolo: Model, example_inputs: Tensor | None = None, **options: Any) -> Model:

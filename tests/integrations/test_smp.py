@@ -50,6 +50,15 @@ torch.save(model(torch.load({str(tmp_path / "images.pt")!r})), {str(tmp_path / "
     assert torch.allclose(torch.load(tmp_path / "found.pt"), wanted, atol=1e-5)
 
 
+def test_a_merged_model_is_a_plain_one_whose_batch_norms_hold_the_biases_of_a_repair(
+    split: torch.nn.Module, tmp_path: Path
+):
+    merged = convsplit.merge(split)
+    merged.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(smp.from_pretrained(str(tmp_path)).eval()(IMAGES), split(IMAGES), atol=1e-5)
+
+
 def test_dense_models_come_back_as_ever(tmp_path: Path):
     model = smp.Unet("resnet18", encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8)).eval()
     model.save_pretrained(tmp_path)

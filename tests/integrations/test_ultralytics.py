@@ -210,6 +210,16 @@ def test_merging_takes_leave(half: YOLO):
     assert not hasattr(convsplit.merge(half.model), "convsplit")
 
 
+def test_a_merged_model_gives_its_weights_to_a_new_one_of_its_class(half: YOLO, yolo: YOLO):
+    merged, other = convsplit.merge(half.model).eval(), copy.deepcopy(yolo.model).eval()
+    other.load(merged, verbose=False)  # by name, what has none in the new model is left out
+    images = torch.rand(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        wanted = half.model.eval()(images)[0]
+        assert torch.allclose(merged(images)[0], wanted, atol=1e-3)
+        assert torch.allclose(other(images)[0], wanted, atol=1e-3)
+
+
 def test_images_come_as_the_predictor_reads_them(yolo: YOLO, data: str):
     (batch,) = at_home.images(Path(data).parent / "images" / "train", size=SIZE)
     assert batch.shape == (4, 3, SIZE, SIZE)
