@@ -246,7 +246,7 @@ def bench(
     """
     known: Study[nn.Module] = Study(model, example_inputs, **checked_options(bench, options))
     if not known.menus:
-        raise ValueError(f"{known.title} has no convolution that can be split: nothing to measure")
+        raise ValueError(f"{known.title} has no layer that can be split: nothing to measure")
     rows: list[BenchRow] = []
     notes: list[str] = []
     for where in track(cases_of(batch_sizes, runtimes, threads, layouts), "Measuring", progress=known.progress):

@@ -142,7 +142,7 @@ def _unknown(module: nn.Module) -> str:
         return (
             f"{kind.__module__}.{kind.__qualname__} may compute more than {plain} does (see convsplit.kinds.register)"
         )
-    return f"a {kind.__name__} is no convolution"
+    return f"a {kind.__name__} is no convolution and no linear layer"
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ half the FLOPs of `torch.utils.flop_counter`). A bias costs O parameters and no 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
@@ -57,6 +58,15 @@ def pair(value: int | tuple[int, ...]) -> Pair:
     """`per_axis` of two axes."""
     first, second = per_axis(value, 2)
     return (first, second)
+
+
+def nouns(specs: Iterable[ConvSpec | None]) -> str:
+    """What layers are called together: convolutions, unless linear ones are among them.
+
+    >>> nouns([ConvSpec.of(nn.Conv2d(1, 1, 1))]), nouns([ConvSpec.of(nn.Conv2d(1, 1, 1)), ConvSpec.of(nn.Linear(1, 1))])
+    ('convolutions', 'layers')
+    """
+    return "layers" if any(spec is not None and spec.axes == 0 for spec in specs) else "convolutions"
 
 
 def axes_of(conv: Any) -> int:

@@ -114,7 +114,7 @@ def save(converted: nn.Module, path: str | Path) -> None:
     if not description.layers:
         warn(
             f"no layer of {type(converted).__name__} is split: it is saved as it is. If it was converted, something "
-            "has built dense convolutions in place of split layers since, as fuse() of some libraries does"
+            "has built dense layers in place of split ones since, as fuse() of some libraries does"
         )
     header = {KEY: json.dumps({"format": FORMAT, **asdict(description)}), "format": "pt"}
     write_whole(Path(path), lambda temporary: save_file(tensors, temporary, header))
@@ -432,7 +432,7 @@ def layer_problems(model: nn.Module, layers: Iterable[StoredLayer], tensors: Map
             if not same or not _same_spec(layer, module.spec):
                 yield f"{layer.name!r} is already split in the model, and otherwise: {module}"
         elif isinstance(original := equivalent(module), str):
-            yield f"the file splits {layer.name!r}, a convolution; in the model, {original}"
+            yield f"the file splits {layer.name!r}; in the model, {original}"
         elif not _same_spec(layer, spec := ConvSpec.of(original.conv)):
             yield f"{layer.name!r} has {layer.spec} in the file, {spec.to_json()} in the model"
         elif layer.pad != printed(original.pad):

@@ -55,7 +55,7 @@ from convsplit.report.frontier import measured_point, planned_point
 from convsplit.report.quality import HeldOut
 from convsplit.rewrite import apply_plan
 from convsplit.searches import Finetune, find_cheapest
-from convsplit.spec import ConvSpec, parameter_count
+from convsplit.spec import ConvSpec, nouns, parameter_count
 from convsplit.structure import forms_named
 from convsplit.tables import Table, Tabular, count
 
@@ -237,7 +237,7 @@ class Study(Tabular, Generic[M]):
         check_rank(rank)
         budget = budget if asked else HALF
         if not self.sites:
-            warn(_nothing_found(self.model))
+            warn(_nothing_found(self.model, self.linear))
         timed = prefer == "speed" or (budget is not None and budget.kind == "latency")
         _check_preference(prefer, timed, budget, self.example_inputs)
         with same_globals(), plain_arithmetic():
@@ -456,8 +456,9 @@ class Study(Tabular, Generic[M]):
         """How much of the model can be split."""
         split = [site.spec for site in self.sites if site.splittable and site.spec]
         weights = sum(spec.weight_params for spec in split)
+        noun = nouns(site.spec for site in self.sites)
         return (
-            f"{len(split)} of {len(self.sites)} convolutions can be split; they hold {count(weights)} of "
+            f"{len(split)} of {len(self.sites)} {noun} can be split; they hold {count(weights)} of "
             f"{count(self.params)} parameters"
         )
 
@@ -573,10 +574,12 @@ def _check_preference(prefer: str, timed: bool, budget: Budget | None, example_i
         raise ValueError(f"{asked} measures layers at the shapes they see: pass example_inputs")
 
 
-def _nothing_found(model: nn.Module) -> str:
+def _nothing_found(model: nn.Module, linear: bool) -> str:
     if any(isinstance(module, SeparableConv) for module in model.modules()):
-        return f"all convolutions of {type(model).__name__} are split already: the result is a plain copy"
-    return f"no convolution found in {type(model).__name__}: the result is a plain copy"
+        return f"all layers of {type(model).__name__} that could be split are: the result is a plain copy"
+    return (
+        f"no convolution{' and no linear layer' * linear} found in {type(model).__name__}: the result is a plain copy"
+    )
 
 
 def _warn_of_reasons(title: str, sites: Sequence[Site]) -> None:
@@ -585,8 +588,9 @@ def _warn_of_reasons(title: str, sites: Sequence[Site]) -> None:
     if set(reasons) == {SKIPPED}:
         return
     found = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+    noun = nouns(site.spec for site in sites).removesuffix("s")
     hint = '. With "pw-pw" among forms=, 1x1 kernels can be split, too' if POINTWISE in reasons else ""
-    warn(f"no convolution of {title} can be split, the result is a plain copy: {found}{hint}")
+    warn(f"no {noun} of {title} can be split, the result is a plain copy: {found}{hint}")
 
 
 def _record(site: Site) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def _renamed(rebuilt: nn.Module, state: Mapping[str, Any]) -> str:
     if not lost:
         return ""
     return (
-        f"it has split layers under names at which the model has no convolution ({', '.join(lost[:4])}). What wrote it "
+        "it has split layers under names at which the model has no convolution and no linear layer "
+        f"({', '.join(lost[:4])}). What wrote it "
         "may have renamed them, as transformers does where save_original_format=False is not said. "
     )

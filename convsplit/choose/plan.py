@@ -17,7 +17,7 @@ from convsplit.choose.budget import Budget
 from convsplit.choose.knapsack import GAP
 from convsplit.choose.options import Menu, Option
 from convsplit.model.sites import Site
-from convsplit.spec import ConvSpec
+from convsplit.spec import ConvSpec, nouns
 from convsplit.structure import Structure
 from convsplit.tables import (
     Table,
@@ -122,7 +122,8 @@ class Plan(Tabular):
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(f"no convolution {name!r} in the plan; it has {', '.join(each.name for each in self.layers)}")
+        noun = nouns(layer.spec for layer in self.layers).removesuffix("s")
+        raise KeyError(f"no {noun} {name!r} in the plan; it has {', '.join(each.name for each in self.layers)}")
 
     def keep_dense(self, which: str | Callable[[PlannedLayer], bool]) -> Plan:
         """The plan with some layers kept dense: by name or glob pattern, or by a predicate.
@@ -158,7 +159,7 @@ class Plan(Tabular):
         return replace(self, layers=tuple(layers))
 
     def totals(self) -> dict[str, int | float | None]:
-        """Parameters and MACs before and after, of the splittable convolutions and of the whole model."""
+        """Parameters and MACs before and after, of the splittable layers and of the whole model."""
         splittable = [layer for layer in self.layers if layer.dense is not None]
         # Weights only, as budgets count: the bias is the same on both sides.
         before = sum(layer.dense.params for layer in splittable if layer.dense is not None)
@@ -192,22 +193,23 @@ class Plan(Tabular):
         """The totals in words."""
         t = self.totals()
         n_splittable = sum(layer.dense is not None for layer in self.layers)
+        noun = nouns(layer.spec for layer in self.layers)
         slower = self.model_milliseconds is not None and self.model_milliseconds[1] > self.model_milliseconds[0]
         lines = [
             *([f"slower than before: {self._times()}"] if slower else []),
-            f"{len(self.split)} of {n_splittable} splittable convolutions are split"
+            f"{len(self.split)} of {n_splittable} splittable {noun} are split"
             + (f" ({self.budget!r})" if self.budget else ""),
-            f"parameters of the splittable convolutions {count(t['params_before'])} -> {count(t['params_after'])}"
+            f"parameters of the splittable {noun} {count(t['params_before'])} -> {count(t['params_after'])}"
             f" ({ratio(t['params_after'], t['params_before'])}), of the model {count(t['model_params_before'])}"
             f" -> {count(t['model_params_after'])} ({ratio(t['model_params_after'], t['model_params_before'])})",
         ]
         if t["macs_before"] is not None:
             lines.append(
-                f"MACs per input of the splittable convolutions {count(t['macs_before'])} -> {count(t['macs_after'])}"
+                f"MACs per input of the splittable {noun} {count(t['macs_before'])} -> {count(t['macs_after'])}"
                 f" ({ratio(t['macs_after'], t['macs_before'])})"
             )
         if self.conditions is not None:
-            lines.append(f"milliseconds of the splittable convolutions {self._times()}, {self.conditions}")
+            lines.append(f"milliseconds of the splittable {noun} {self._times()}, {self.conditions}")
         if self.gap > GAP:
             lines.append(f"another choice may have a predicted loss smaller by {percent(self.gap)} at most")
         lines.append(f"largest predicted relative weight error of a layer: {share(t['largest_error'])}")

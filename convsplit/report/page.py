@@ -176,7 +176,7 @@ def _budget(frontier: Frontier, report: Measured) -> Figure:
     ys = [y for point in frontier.points for y in (point.largest_error, point.drift or 0, point.unrepaired or 0)]
     plot = Plot(
         "Budget against predicted error and measured drift",
-        axis("parameters of the splittable convolutions kept", [1.0], write=percents),
+        axis("parameters of the splittable layers kept", [1.0], write=percents),
         axis("drift or error", [*ys, here[1] if here else 0]),
     )
     predicted = [(point.kept, point.largest_error) for point in frontier.points]

@@ -253,7 +253,9 @@ def test_another_model_and_no_state_dict() -> None:
 
 def test_layers_under_other_names_are_named() -> None:
     state = {key.replace("3.", "later.3.", 1): value for key, value in converted_net().state_dict().items()}
-    with pytest.raises(ValueError, match=r"no convolution \(later\.3\)\. What wrote it may have renamed them"):
+    with pytest.raises(
+        ValueError, match=r"no convolution and no linear layer \(later\.3\)\. What wrote it may have renamed them"
+    ):
         restore(small_net(), state)
 
 

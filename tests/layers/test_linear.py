@@ -279,3 +279,21 @@ def test_wide_ones_are_repaired_in_closed_form_without_moments_of_their_inputs(
     assert plan.layer("3").split
     before = convsplit.compare(convsplit.apply_plan(model, plan), model, x).drift.relative
     assert convsplit.compare(known.apply(plan), model, x).drift.relative < 0.9 * before
+
+
+def test_messages_speak_of_layers_where_linear_ones_are_meant():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    known = convsplit.study(model, linear=True)
+    plan = convsplit.make_plan(model, linear=True, rank=2, forms="pw-dw-pw")
+    assert known.summary().startswith("2 of 2 layers can be split")
+    assert plan.summary().startswith("2 of 2 splittable layers are split")
+    with pytest.raises(KeyError, match="no layer 'nine' in the plan; it has 0, 2"):
+        plan.layer("nine")
+    with pytest.raises(ValueError, match="the plan splits '0', a layer; the model has a ReLU there"):
+        convsplit.apply_plan(nn.Sequential(nn.ReLU()), plan)
+    with pytest.raises(ValueError, match=r"matches no layer; their names are 0, 2"):
+        convsplit.study(model, linear=True, skip="nine")
+    with pytest.warns(convsplit.ConversionWarning, match=r"no convolution and no linear layer found in Sequential"):
+        convsplit.convert(nn.Sequential(nn.ReLU()), linear=True)
+    with pytest.warns(convsplit.ConversionWarning, match=r"no layer of Sequential can be split"):
+        convsplit.convert(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), linear=True)

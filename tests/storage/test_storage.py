@@ -321,7 +321,7 @@ def test_another_architecture_is_named_in_every_detail(path: Path) -> None:
         load(path, other)
     text = str(caught.value)
     assert "'0' has {" in text
-    assert "the file splits '3', a convolution; in the model, a Flatten is no convolution" in text
+    assert "the file splits '3'; in the model, a Flatten is no convolution" in text
     assert "'4' is SiLU in the file, ReLU in the model" in text
     assert "fresh instance of the model that was converted" in text
 
