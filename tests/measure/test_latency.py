@@ -18,14 +18,6 @@ from convsplit.model.sites import find_sites
 from convsplit.structure import Structure
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def model() -> nn.Module:
     torch.manual_seed(0)
     body = [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]

@@ -39,14 +39,6 @@ def installed(name: str) -> FromOnnx:
     return runtime
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def model() -> nn.Module:
     torch.manual_seed(0)
     body = [
