@@ -1,11 +1,12 @@
 """Eight bits after splitting: accuracy and milliseconds of dense and converted networks, before and after quantisation.
 
-    python -m benchmarks eight_bits NETWORKS.py [--depths 20 56] [--kept 0.5 0.25] [--images 2000]
+    python -m benchmarks eight_bits [NETWORKS.py] [--depths 20 56] [--kept 0.5 0.25] [--images 2000]
 
-NETWORKS.py as in benchmarks/subjects.py. Static quantisation, per output channel, calibrated on 256 unlabelled
-training images: `onnxruntime.quantization` (QDQ) for ONNX Runtime, NNCF for OpenVINO. Conversions are repaired with
-512. "ranges": what one scale for all channels has to bridge, the largest range of a channel that enters the depthwise
-stage over that of the median channel, of the median layer and of the worst. "equalised": these ranges made equal.
+NETWORKS.py as in benchmarks/subjects.py; without it the network of the digits. Static quantisation, per output
+channel, calibrated on 256 unlabelled training images: `onnxruntime.quantization` (QDQ) for ONNX Runtime, NNCF for
+OpenVINO. Conversions are repaired with 512. "ranges": what one scale for all channels has to bridge, the largest
+range of a channel that enters the depthwise stage over that of the median channel, of the median layer and of the
+worst. "equalised": these ranges made equal.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 import convsplit
 from benchmarks.results import FASTER, SCORE, Sheet
-from benchmarks.subjects import load_networks
+from benchmarks.subjects import add_options, subjects
 from convsplit import Budget, SeparableConv2d
 from convsplit.measure.timing import milliseconds_in_turns
 from convsplit.runtimes import runtime_of
@@ -125,27 +126,24 @@ def spread(model: nn.Module, images: Tensor) -> str:
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("networks")
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
+    add_options(parser)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--forms", nargs="+", help="only these")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--runtimes", nargs="+", default=list(QUANTISERS))
 
 
-QUICK = {"depths": [20], "kept": [0.25], "images": 500, "runtimes": ["onnxruntime"]}
+QUICK = {"kept": [0.25], "images": 500, "runtimes": ["onnxruntime"]}
 
 
 def measure(arguments: Namespace) -> Iterator[Sheet]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    networks = load_networks(arguments.networks)
-    train, _, images, labels = networks.cifar10()
-    images, labels = images[: arguments.images], labels[: arguments.images]
     rows = []
-    for depth in arguments.depths:
-        dense = networks.resnet(depth)
+    for subject in subjects(arguments):
+        dense, train = subject.model, subject.unlabelled
+        images, labels = subject.images[: arguments.images], subject.labels[: arguments.images]
         models = {"dense": dense}
         study = convsplit.study(
             dense, train[:1], calibration=list(train[:512].split(64)), forms=arguments.forms, progress=False
@@ -170,7 +168,7 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
                     right = [accuracy(infer, images, labels) for infer in pair]
                     slow, fast = times[2 * index : 2 * index + 2]
                     rows.append(
-                        [f"ResNet-{depth}", name, kind, percent(right[0]), percent(right[1]), milliseconds(slow),
+                        [subject.name, name, kind, percent(right[0]), percent(right[1]), milliseconds(slow),
                          milliseconds(fast), f"{times[0] / fast:.2f}x", spread(models[kind], train[:CALIBRATION])]
                     )  # fmt: skip
     keys = ["network", "runtime", "kept"]

@@ -3,8 +3,8 @@
     python -m benchmarks export_matrix                  # what was not run yet
     python -m benchmarks export_matrix --again small    # one model anew
 
-Every result is kept in results/export_matrix.json at once, so a run may be stopped and continued. A path that
-fails is tried with the dense model too, which tells whose limit it is.
+Every result is kept in results/export_matrix.json at once, so a run may be stopped and continued (not with --quick). A
+path that fails is tried with the dense model too, which tells whose limit it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import export_paths as paths
 
 RESULTS = STORED / "export_matrix.json"
+Cells = dict[str, dict[str, str | float]]
 
 
 def result(name: str, path: str) -> dict[str, str | float]:
@@ -37,7 +39,7 @@ def result(name: str, path: str) -> dict[str, str | float]:
     return {"failed": failed, "dense": dense, "seconds": seconds}
 
 
-def sheet(results: dict[str, dict[str, str | float]]) -> Sheet:
+def sheet(results: Cells) -> Sheet:
     """The table, and below it the reasons of what does not work."""
     names = list(paths.BUILDERS)
     rows = [[path, *(_cell(results, name, path) for name in names)] for path in paths.PATHS]
@@ -53,7 +55,7 @@ _LEGEND = (
 )
 
 
-def _cell(results: dict[str, dict[str, str | float]], name: str, path: str) -> str:
+def _cell(results: Cells, name: str, path: str) -> str:
     cell = results.get(f"{name} {path}")
     if cell is None:
         return "-"
@@ -64,24 +66,22 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("models", nargs="*", default=list(paths.BUILDERS), help="default: all of them")
     parser.add_argument("--paths", nargs="+", default=list(paths.PATHS), help="default: all of them")
     parser.add_argument("--again", action="store_true", help="also what was run before")
+    parser.add_argument("--cells", type=Path, default=RESULTS, help="where every result is kept at once")
 
 
-QUICK = {"models": ["small"], "paths": list(paths.PATHS)[:3], "again": True}
+QUICK = {"models": ["small"], "paths": list(paths.PATHS)[:3], "cells": None}
 
 
 def measure(chosen: Namespace) -> Iterator[Sheet]:
     torch.set_num_threads(1)
+    known: Cells = json.loads(chosen.cells.read_text()) if chosen.cells and chosen.cells.exists() else {}
     for name in chosen.models:
         for path in chosen.paths:
             key = f"{name} {path}"
-            if (name, path) in paths.NOT_RUN or (key in known() and not chosen.again):
+            if (name, path) in paths.NOT_RUN or (key in known and not chosen.again):
                 continue
-            cell = result(name, path)
+            known[key] = cell = result(name, path)
             print(f"{key}: {cell['failed'] or 'works'} ({cell['seconds']} s)", file=sys.stderr, flush=True)
-            RESULTS.write_text(json.dumps(known() | {key: cell}, indent=1, sort_keys=True) + "\n")
-    yield sheet(known())
-
-
-def known() -> dict[str, dict[str, str | float]]:
-    """All results so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            if chosen.cells:
+                chosen.cells.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    yield sheet(known)
