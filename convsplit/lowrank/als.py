@@ -31,6 +31,7 @@ RIDGE = (
 FULL_RIDGE_LOSS = 0.01  # squared relative error below which the ridge falls in proportion
 RIDGE_FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}  # below, Cholesky may fail
 WINDOW = 5  # sweeps over which the gain is measured
+FEW = 16  # right-hand sides, below which `cholesky_solve` takes half the time of triangles from the right
 
 
 class Momentum:
@@ -44,7 +45,7 @@ class Momentum:
 
     def reach(self, like: Tensor) -> Tensor:
         """How far to go from the rows before towards the new ones and beyond, [G,1,1]."""
-        return torch.tensor(self.steps, dtype=torch.float64, device=like.device).add_(1).to(like)[:, None, None]
+        return like.new_tensor([1 + step for step in self.steps])[:, None, None]
 
     def update(self, objectives: list[float]) -> list[bool]:
         """Take the objectives of the extrapolated points; True where they have fallen."""
@@ -74,11 +75,12 @@ class Alternation:
     def __init__(self, weight: Tensor, factors: Factors, ridge: float):
         self.I, self.K = weight.shape[2:]
         self.unfolded = weight.mT.flatten(2)  # [G,O,K*I]
-        self.energy = weight.flatten(1).double().square().sum(1)
+        self.energy: list[float] = weight.flatten(1).double().square().sum(1).tolist()
         self.full_ridge, self.ridge = ridge, weight.new_full((len(weight), 1), ridge)
         self.rows = self.guess = self.best_rows = _transposed(factors)
-        self.best_loss = torch.full_like(self.energy, math.inf)
+        self.best_loss = [math.inf] * len(weight)
         self.momentum = Momentum(len(weight))
+        self.reach = self.momentum.reach(weight)
 
     def run(self, sweeps: int, tolerance: float) -> tuple[Factors, Tensor, Tensor]:
         """Sweep each problem until its last five sweeps gained less than `tolerance` each.
@@ -86,61 +88,66 @@ class Alternation:
         Returns the best factors, their |W - X|^2 [G], and the best relative error [G, sweeps] after every sweep, which
         stays what it was after a problem's end.
         """
-        running = torch.arange(len(self.energy), device=self.energy.device)
+        running = list(range(len(self.energy)))
         rows = each(torch.clone, self.rows)
-        loss, history = torch.empty_like(self.energy), self.energy.new_zeros(len(running), sweeps)
+        losses, history = [math.inf] * len(running), [list[float]() for _ in running]
         for sweep in range(sweeps):
             self._sweep()
-            history[running, sweep:] = self.best_loss.clamp_min(0).sqrt()[:, None]
-            ended = self._ended(history[running], sweep, tolerance) if sweep + 1 < sweeps else running >= 0
-            if ended.any():
-                for kept, found in zip(rows, self.best_rows, strict=True):
-                    kept[running[ended]] = found[ended]
-                loss[running[ended]] = self.best_loss[ended].clamp_min(0)
-                running = running[~ended]
-                if not len(running):
+            for problem, loss in zip(running, self.best_loss, strict=True):
+                losses[problem] = max(loss, 0.0)
+                history[problem].append(math.sqrt(losses[problem]))
+            ended = [sweep + 1 == sweeps or _at_rest(history[problem], tolerance) for problem in running]
+            if any(ended):
+                self._store(rows, running, ended)
+                running = [problem for problem, has_ended in zip(running, ended, strict=True) if not has_ended]
+                if not running:
                     break
-                self._keep(~ended)
-        return _transposed(rows), loss, history[:, : sweep + 1]
+                self._keep([place for place, has_ended in enumerate(ended) if not has_ended])
+        errors = [[*own, *own[-1:] * (sweep + 1 - len(own))] for own in history]
+        found = torch.tensor([losses, *zip(*errors, strict=True)], dtype=torch.float64).to(self.unfolded.device)
+        return _transposed(rows), found[0], found[1:].mT
 
-    @staticmethod
-    def _ended(errors: Tensor, sweep: int, tolerance: float) -> Tensor:
-        now = errors[:, sweep]
-        if sweep < WINDOW:
-            return now < 1e-9
-        return (now < 1e-9) | (errors[:, sweep - WINDOW] - now < WINDOW * tolerance * now)
+    def _store(self, rows: Factors, running: list[int], ended: list[bool]) -> None:
+        """Copy the best rows of the problems that have ended to their places."""
+        for kept, found in zip(rows, self.best_rows, strict=True):
+            for place, problem in enumerate(running):
+                if ended[place]:
+                    kept[problem] = found[place]
 
-    def _keep(self, groups: Tensor) -> None:
+    def _keep(self, groups: list[int]) -> None:
         """Go on with these problems alone."""
-        self.unfolded, self.energy, self.ridge = self.unfolded[groups], self.energy[groups], self.ridge[groups]
+        self.unfolded, self.ridge, self.reach = self.unfolded[groups], self.ridge[groups], self.reach[groups]
         self.rows, self.guess, self.best_rows = (
             each(lambda factor: factor[groups], rows) for rows in (self.rows, self.guess, self.best_rows)
         )
-        self.best_loss = self.best_loss[groups]
-        self.momentum.keep(groups.nonzero().flatten().tolist())
+        self.energy, self.best_loss = ([each[group] for group in groups] for each in (self.energy, self.best_loss))
+        self.momentum.keep(groups)
 
     def _sweep(self) -> None:
         """Update B, C, A in turn from the extrapolated guess, and make the next one."""
         A, B, C = self.guess
         old_A, old_B, old_C = self.rows
-        reach = self.momentum.reach(A)
+        G, R, _ = A.shape
 
-        contracted = (A @ self.unfolded).view(*A.shape[:2], self.K, self.I)  # A'W [G,R,K,I] serves B and C
-        gram_A = A @ A.mT
-        new_B = _solve(gram_A * (C @ C.mT), (C[:, :, None] @ contracted).squeeze(2), self.ridge)[0]
-        B = torch.lerp(old_B, new_B, reach)
-        gram_B = B @ B.mT
+        contracted = torch.bmm(A, self.unfolded).view(G * R, self.K, self.I)  # A'W serves B and C
+        gram_A = torch.bmm(A, A.mT)
+        mixed = torch.bmm(C.reshape(G * R, 1, self.K), contracted).view(G, R, self.I)
+        new_B = _solve(torch.bmm(C, C.mT).mul_(gram_A), mixed, self.ridge)[0]
+        B = torch.lerp(old_B, new_B, self.reach)
+        gram_B = torch.bmm(B, B.mT)
         # As rows times a transposed matrix: as a matrix times columns it takes four times as long.
-        new_C = _solve(gram_A.mul_(gram_B), (B[:, :, None] @ contracted.mT).squeeze(2), self.ridge)[0]
-        C = torch.lerp(old_C, new_C, reach)
+        mixed = torch.bmm(B.reshape(G * R, 1, self.I), contracted.mT).view(G, R, self.K)
+        new_C = _solve(gram_A.mul_(gram_B), mixed, self.ridge)[0]
+        C = torch.lerp(old_C, new_C, self.reach)
 
-        del contracted
-        rhs = (C[..., None] * B[:, :, None]).flatten(2) @ self.unfolded.mT
-        new_A, added = _solve(gram_B.mul_(C @ C.mT), rhs, self.ridge)
+        del contracted, mixed
+        rhs = torch.bmm((C[..., None] * B[:, :, None]).flatten(2), self.unfolded.mT)
+        new_A, added = _solve(gram_B.mul_(torch.bmm(C, C.mT)), rhs, self.ridge)
 
         fell = self.momentum.update(self._score((new_A, B, C), rhs, added))
+        self.reach = self.momentum.reach(A)
         self.rows = new_A, new_B, new_C
-        self.guess = _where(fell, (torch.lerp(old_A, new_A, self.momentum.reach(A)), B, C), self.rows)
+        self.guess = _where(fell, (torch.lerp(old_A, new_A, self.reach), B, C), self.rows)
 
     def _score(self, rows: Factors, rhs: Tensor, added: Tensor) -> list[float]:
         """Objectives at `rows`, which are kept where they are the best so far.
@@ -148,15 +155,29 @@ class Alternation:
         A solves (normal + D) A = rhs with D = diag(added), so |X|^2 = <normal A, A> = <rhs, A> - <D A, A>, and
         |W - X|^2 = |W|^2 - 2 <rhs, A> + |X|^2 = |W|^2 - <rhs, A> - <D A, A> costs nothing; the last is the penalty.
         """
-        A = rows[0].double()
-        objective = self.energy - (rhs * A).sum((1, 2))
-        loss = objective - (added * A.square().sum(2)).sum(1)
-        better = loss < self.best_loss
-        self.best_rows = _where(better.tolist(), rows, self.best_rows)
-        self.best_loss = torch.where(better, loss, self.best_loss)
-        share = (self.best_loss / self.energy.clamp_min(1e-30) / FULL_RIDGE_LOSS).clamp(0, 1)
-        self.ridge = (self.full_ridge * share)[:, None].to(self.ridge).clamp_min(RIDGE_FLOOR[self.ridge.dtype])
-        return objective.tolist()
+        A = rows[0]
+        explained = (rhs * A).sum((1, 2), dtype=torch.float64)
+        penalty = (added * A.square().sum(2)).sum(1, dtype=torch.float64)
+        # Plain numbers from here on, as there are few: a call of torch takes longer.
+        known = list(zip(self.energy, *torch.stack([explained, penalty]).tolist(), strict=True))
+        objective = [energy - own for energy, own, _ in known]
+        loss = [energy - own - more for energy, own, more in known]
+        better = [new < old for new, old in zip(loss, self.best_loss, strict=True)]
+        self.best_rows = _where(better, rows, self.best_rows)
+        self.best_loss = [new if new < old else old for new, old in zip(loss, self.best_loss, strict=True)]
+        floor, full = RIDGE_FLOOR[rhs.dtype], self.full_ridge
+        shares = [
+            min(max(best / max(energy, 1e-30) / FULL_RIDGE_LOSS, 0.0), 1.0)
+            for best, energy in zip(self.best_loss, self.energy, strict=True)
+        ]
+        self.ridge = rhs.new_tensor([max(full * share, floor) for share in shares])[:, None]
+        return objective
+
+
+def _at_rest(errors: list[float], tolerance: float) -> bool:
+    """Whether the last sweeps gained less than `tolerance` each, or there is nothing more to gain."""
+    now = errors[-1]
+    return now < 1e-9 or (len(errors) > WINDOW and errors[-1 - WINDOW] - now < WINDOW * tolerance * now)
 
 
 def _where(chosen: list[bool], first: Factors, second: Factors) -> Factors:
@@ -188,6 +209,8 @@ def _solve(normal: Tensor, rhs: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
             break
         diagonal.add_(9 * added)
         added *= 10
+    if rhs.shape[2] < FEW:
+        return torch.cholesky_solve(rhs, factor), added
     # X' L L' = rhs': triangles from the right take half the time of `cholesky_solve` in float32.
     half = torch.linalg.solve_triangular(factor.mT, rhs.mT, upper=True, left=False)
     return torch.linalg.solve_triangular(factor, half, upper=False, left=False).mT, added
