@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.loaders import LoadImagesAndVideos
 from ultralytics.engine.model import Model
+from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import BaseModel
 
@@ -32,6 +33,7 @@ from convsplit.folding import move_bias
 from convsplit.integrations.folders import is_split, put_split
 from convsplit.kinds import equivalent
 from convsplit.layers.separable import SeparableConv
+from convsplit.norms import affine_of
 from convsplit.progress import warn
 from convsplit.spec import ConvSpec
 
@@ -161,10 +163,26 @@ def _with_weights(train: Any) -> Any:
     return trains
 
 
+def _absorbing(fuse: Any) -> Any:
+    """`fuse_conv_and_bn` that leaves a split layer split: up to 8.3.50 it builds a dense convolution of its numbers."""
+
+    @functools.wraps(fuse)
+    def fuses(conv: nn.Module, bn: nn.Module) -> Any:
+        found = affine_of(bn) if isinstance(conv, SeparableConv) else None
+        if found is None:
+            return fuse(conv, bn)
+        cast(SeparableConv, conv).absorb(found.scale, found.shift)
+        return conv.requires_grad_(False)
+
+    return fuses
+
+
 def _install() -> None:
-    base, model = cast(Any, BaseModel), cast(Any, Model)
+    base, model, functions = cast(Any, BaseModel), cast(Any, Model), cast(Any, tasks)
     if not hasattr(base.load, "__wrapped__"):
         base.load, model.train = _with_structure(base.load), _with_weights(model.train)
+        for name in ("fuse_conv_and_bn", "fuse_deconv_and_bn"):
+            setattr(functions, name, _absorbing(getattr(functions, name)))
 
 
 _install()

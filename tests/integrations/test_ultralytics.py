@@ -11,6 +11,7 @@ from torch import nn
 
 import convsplit
 from convsplit.layers.separable import SeparableConv
+from convsplit.model.running import tensors_in
 
 pytest.importorskip("ultralytics", exc_type=ImportError)
 
@@ -26,34 +27,52 @@ def split_names(model: nn.Module) -> set[str]:
     return {name for name, layer in model.named_modules() if isinstance(layer, SeparableConv)}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+def squares(folder: Path, task: str = "detect") -> None:
     """A data set of a few squares on noise, as ultralytics reads one."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("squares")
     generator = torch.Generator().manual_seed(0)
     for part in ("train", "val"):
-        (folder / "images" / part).mkdir(parents=True)
-        (folder / "labels" / part).mkdir(parents=True)
         for i in range(4):
             pixels = (60 * torch.rand(64, 64, 3, generator=generator)).to(torch.uint8)
             pixels[16:48, 8 + 4 * i : 40 + 4 * i] = 230
-            Image.fromarray(pixels.numpy()).save(folder / "images" / part / f"{i}.png")
-            (folder / "labels" / part / f"{i}.txt").write_text(f"{i % 2} {(24 + 4 * i) / 64} 0.5 0.5 0.5\n")
+            kind = ("even", "odd")[i % 2]
+            images = folder / part / kind if task == "classify" else folder / "images" / part
+            labels = folder / "labels" / part
+            for each in (images, labels):
+                each.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(images / f"{i}.png")
+            (labels / f"{i}.txt").write_text(f"{i % 2} {_label(task, (8 + 4 * i) / 64, (40 + 4 * i) / 64)}\n")
+    points = {"kpt_shape": [2, 3]} if task == "pose" else {}
     YAML.save(folder / "data.yaml", {"path": str(folder), "train": "images/train", "val": "images/val", "nc": 2,
-                                     "names": {0: "even", 1: "odd"}})  # fmt: skip
+                                     "names": {0: "even", 1: "odd"}, **points})  # fmt: skip
+
+
+def _label(task: str, left: float, right: float) -> str:
+    box = f"{(left + right) / 2} 0.5 0.5 0.5"
+    corners = f"{left} 0.25 {right} 0.25 {right} 0.75 {left} 0.75"
+    return {"segment": corners, "obb": corners, "pose": f"{box} {left} 0.25 2 {right} 0.75 2"}.get(task, box)
+
+
+def small_yaml(folder: Path, name: str = "yolov8.yaml", **numbers: object) -> str:
+    """YOLOv8, a quarter as wide as its smallest."""
+    found = YAML.load(ROOT / "cfg/models/v8" / name)
+    del found["scales"]
+    path = folder / "tiny.yaml"
+    YAML.save(path, {**found, "depth_multiple": 0.33, "width_multiple": 0.0625, **numbers})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("squares")
+    squares(folder)
     return str(folder / "data.yaml")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """YOLOv8, a quarter as wide as its smallest."""
-    numbers = YAML.load(ROOT / "cfg/models/v8/yolov8.yaml")
-    del numbers["scales"]
-    path = tmp_path_factory.mktemp("models") / "tiny.yaml"
-    YAML.save(path, {**numbers, "depth_multiple": 0.33, "width_multiple": 0.0625})
-    return str(path)
+    return small_yaml(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +249,60 @@ def test_images_come_as_the_predictor_reads_them(yolo: YOLO, data: str):
     predictor.setup_source(str(Path(data).parent / "images" / "train"))
     _, pictures, _ = next(iter(predictor.dataset))
     assert torch.allclose(predictor.preprocess(pictures)[0], batch[0], atol=1e-6)
+
+
+def test_fusers_that_build_a_dense_layer_are_not_asked(half: YOLO):
+    layer = copy.deepcopy(next(layer for layer in half.model.modules() if isinstance(layer, SeparableConv)))
+    norm = nn.BatchNorm2d(layer.out_channels).eval()
+    nn.init.uniform_(norm.running_mean)
+    x = torch.rand(1, layer.in_channels, 8, 8)
+    with torch.no_grad():
+        wanted = norm(layer(x))
+        for fuse in (at_home.tasks.fuse_conv_and_bn, at_home._absorbing(lambda conv, bn: nn.Conv2d(1, 1, 1))):
+            fused = fuse(copy.deepcopy(layer), norm)
+            assert isinstance(fused, SeparableConv)
+            assert torch.allclose(fused(x), wanted, atol=1e-5)
+
+
+TASKS = {"segment": "yolov8-seg.yaml", "classify": "yolov8-cls.yaml", "pose": "yolov8-pose.yaml",
+         "obb": "yolov8-obb.yaml"}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_tasks_stay_split_through_fuse_predict_train_and_save(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    made = YOLO(
+        small_yaml(tmp_path, TASKS[task], nc=2, **({"kpt_shape": [2, 3]} if task == "pose" else {})), task=task
+    )
+    images = torch.rand(2, 3, SIZE, SIZE)
+    converted = at_home.convert(made, forms="dw-pw", rank=1)
+    names = split_names(converted.model)
+    assert names
+    for name in names:  # as a repair does
+        nn.init.normal_(converted.model.get_submodule(name).add_bias(), std=0.1)
+    with torch.no_grad():
+        wanted = first(converted.model.eval()(images))
+        fused = copy.deepcopy(converted.model).fuse(verbose=False)
+        assert split_names(fused) == names
+        assert torch.allclose(first(fused(images)), wanted, rtol=1e-4, atol=1e-4)
+    predicting = again(converted)
+    predicting.model = copy.deepcopy(converted.model)  # which is fused in place
+    assert len(predicting.predict(images, verbose=False, imgsz=SIZE, device="cpu", save=False)) == 2
+    before = converted.model.state_dict()
+    squares(tmp_path / "data", task)
+    after = trained(converted, str(tmp_path / "data" / ("" if task == "classify" else "data.yaml")), tmp_path)
+    assert split_names(after) == names
+    for name in names:
+        key = f"{name}.depthwise.weight"
+        assert (after.state_dict()[key] - before[key]).norm() < 0.05 * before[key].norm(), name
+    assert split_names(YOLO(tmp_path / "run/weights/last.pt").model) == names
+
+
+def first(outputs: object) -> torch.Tensor:
+    """The first tensor of outputs, which tasks nest in ways of their own."""
+    return next(tensors_in(outputs))
 
 
 def test_what_is_no_yolo_of_weights_is_refused():
