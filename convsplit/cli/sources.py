@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -150,6 +150,8 @@ def _onnx(onnx: Any, name: str, arguments: dict[str, Any], download: bool) -> nn
 
 def _keep_onnx(converted: nn.Module, path: Path, name: str, example_inputs: Any) -> None:
     done = importlib.import_module("convsplit.integrations.onnx").write(converted, path, example_inputs)
+    for node, reason in cast(Any, converted).left_alone.items():
+        print(f"{node} is left alone: {reason}", file=sys.stderr)
     print(f"{path} run in ONNX Runtime: outputs differ from the converted module's by {done:.1g}", file=sys.stderr)
 
 

@@ -8,8 +8,8 @@ that no operator is unknown; the rest of the graph is run by ONNX Runtime (`conv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from convsplit.spec import Convolution
 from convsplit.studies import Study
 from convsplit.tables import share
 
-ROUNDING = 1e-3  # of an output's largest value, between a file and the module it was written from
+ROUNDING = 1e-3  # of an output's largest value, between a file and the module it was written from, in float32
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,20 @@ class Written:
     """A file that was written and run. Differences are relative to the largest value of an output.
 
     `rounding` is that between the file and the converted module, `drift` that between the file and the original file.
+    `left_alone` has the convolutions that are no layers of the plan, by the names of their nodes, and why.
     """
 
     path: Path
     plan: Plan
     rounding: float
     drift: float
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        alone = "".join(f"\n{name} is left alone: {reason}" for name, reason in self.left_alone.items())
         return (
-            f"{self.plan.summary()}\nwritten to {self.path} ({self.path.stat().st_size / 1e6:.1f} MB); outputs in ONNX "
-            f"Runtime differ from the original file's by {share(self.drift)} of the largest value"
+            f"{self.plan.summary()}{alone}\nwritten to {self.path} ({self.path.stat().st_size / 1e6:.1f} MB); "
+            f"outputs in ONNX Runtime differ from the original file's by {share(self.drift)} of the largest value"
         )
 
 
@@ -104,7 +107,7 @@ def convert(
     converted = known.apply(plan)
     rounding = write(converted, out, known.example_inputs)
     wanted, found = (run_file(file, known.example_inputs) for file in (path, out))
-    return Written(Path(out), plan, rounding, _difference(found, wanted))
+    return Written(Path(out), plan, rounding, _difference(found, wanted), network.left_alone)
 
 
 def write(converted: OnnxNetwork, path: str | Path, example_inputs: Batch = None) -> float:
@@ -128,7 +131,7 @@ def write(converted: OnnxNetwork, path: str | Path, example_inputs: Batch = None
     def checked(temporary: Path) -> None:
         onnx.save(model, str(temporary))
         differences.append(_difference(run_file(temporary, batch), wanted))
-        if not differences[0] <= ROUNDING:
+        if not differences[0] <= _allowed(wanted):
             raise ValueError(f"{path} is not written: its outputs differ from the module's by {differences[0]:.2g}")
 
     write_whole(Path(path), checked)
@@ -166,8 +169,16 @@ def run_file(path: str | Path, batch: Batch) -> list[Tensor]:
     names = [each.name for each in session.get_inputs()]
     arrays = [tensor.detach().cpu().numpy() for tensor in tensors_in(batch)]
     named = batch if isinstance(batch, dict) else dict(zip(names, arrays, strict=True))
-    found = session.run(None, {name: np.asarray(value) for name, value in named.items()})
+    try:
+        found = session.run(None, {name: np.asarray(value) for name, value in named.items()})
+    except Exception as error:
+        raise ValueError(f"{path} does not run on these inputs: {error}") from error
     return [torch.from_numpy(np.asarray(array)) for array in found]
+
+
+def _allowed(outputs: list[Tensor]) -> float:
+    """What is rounding, in the precision of outputs."""
+    return max((ROUNDING, *(torch.finfo(each.dtype).eps ** 0.5 for each in outputs if each.is_floating_point())))
 
 
 def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -265,7 +276,7 @@ class _Stages:
         given = [x, self.constant(f"{name}.weight", conv.weight.detach().cpu().numpy())]
         if conv.bias is not None:
             given.append(self.constant(f"{name}.bias", conv.bias.detach().cpu().numpy()))
-        return helper.make_node("Conv", given, [result], label, **numbers)
+        return helper.make_node("ConvTranspose" if conv.transposed else "Conv", given, [result], label, **numbers)
 
     def constant(self, name: str, values: np.ndarray[Any, Any]) -> str:
         """A tensor that the file holds."""

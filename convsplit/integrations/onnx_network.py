@@ -46,7 +46,8 @@ class OnnxNetwork(nn.Module):
     """An ONNX graph as a module: takes and returns what the graph does, in its order, as tensors.
 
     `nodes` maps the name of each convolution's module to the place of its node in the graph. A point in a node's name
-    is a slash here, as points separate modules.
+    is a slash here, as points separate modules. `left_alone` has the convolutions that are no modules, by the names of
+    their nodes, and why.
 
     Raises:
         ValueError: a value between two parts of the graph is of unknown type.
@@ -56,12 +57,17 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self.graph = Held(model)
         self.nodes: dict[str, int] = {}
+        self.left_alone: dict[str, str] = dict(_inner(model.graph.node))
         stored = stored_tensors(model.graph)
         shared: dict[str, nn.Parameter] = {}
         for place, node in enumerate(model.graph.node):
-            conv = _convolution(node, stored, shared)
-            if conv is not None:
-                name = self._free_name(node.name or node.output[0])
+            if not _is_convolution(node):
+                continue
+            conv, label = _convolution(node, stored, shared), node.name or node.output[0]
+            if isinstance(conv, str):
+                self.left_alone[label] = conv
+            else:
+                name = self._free_name(label)
                 self.add_module(name, conv)
                 self.nodes[name] = place
         names = {place: name for name, place in self.nodes.items()}
@@ -122,34 +128,81 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 
+_KINDS = {"Conv": False, "ConvTranspose": True}  # what adds up to convolutions, and whether those are transposed
+_TYPES = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16}
+_COMPUTING = {"ConvInteger", "QLinearConv", "DeformConv"}
+
+
+def _is_convolution(node: onnx.NodeProto) -> bool:
+    return node.op_type in _COMPUTING | set(_KINDS)
+
+
+def _inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, str]]:
+    """The convolutions in the branches and bodies of nodes, which one session runs as a whole, and what they are in."""
+    for node in nodes:
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                for each in filter(_is_convolution, graph.node):
+                    yield each.name or each.output[0], f"inside of the {node.op_type} node {node.name!r}"
+                yield from _inner(graph.node)
+
+
 def _convolution(
     node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto], shared: dict[str, nn.Parameter]
-) -> Convolution | None:
-    """The convolution of torch that a node equals; None where it is none, or pads as no module of torch does."""
-    if node.op_type != "Conv" or node.domain or not all(name in stored for name in node.input[1:] if name):
-        return None
-    for name in node.input[1:]:
-        if name and name not in shared:
+) -> Convolution | str:
+    """The convolution of torch that a node equals, or the reason why there is none."""
+    if node.domain not in ("", "ai.onnx") or node.op_type in _COMPUTING:
+        return f"a {node.op_type} node is no plain convolution"
+    computed = [name for name in node.input[1:] if name and name not in stored]
+    if computed:
+        return f"{computed[0]!r} is computed by other nodes, not stored"
+    given = [name for name in node.input[1:] if name]
+    other = next((stored[name] for name in given if stored[name].data_type not in _TYPES), None)
+    if other is not None:
+        return f"{other.name!r} is of type {onnx.TensorProto.DataType.Name(other.data_type)}"
+    for name in given:
+        if name not in shared:
             shared[name] = nn.Parameter(torch.from_numpy(numpy_helper.to_array(stored[name]).copy()))
     weight, bias = shared[node.input[1]], shared.get(node.input[2]) if len(node.input) > 2 else None
-    numbers, axes = attributes_of(node), weight.dim() - 2
-    if axes not in (1, 2, 3) or not weight.is_floating_point():
-        return None
-    strides, dilations = (tuple(numbers.get(key, [1] * axes)) for key in ("strides", "dilations"))
-    padded = _padding(numbers, tuple(weight.shape[2:]), strides, dilations)
-    if padded is None:
-        return None
-    padding, pad = padded
-    group = numbers.get("group", 1)
-    kind: Any = CONVOLUTIONS[axes, False] if pad is None else PaddedConv2d
+    transposed, axes = _KINDS[node.op_type], weight.dim() - 2
+    if axes not in (1, 2, 3):
+        return f"convolutions of {axes} axes are not known"
+    numbers = _transposed_numbers(node, axes) if transposed else _plain_numbers(node, tuple(weight.shape[2:]))
+    if isinstance(numbers, str):
+        return numbers
+    pad, group = numbers.pop("pad", None), attributes_of(node).get("group", 1)
+    kind: Any = CONVOLUTIONS[axes, transposed] if pad is None else PaddedConv2d
+    rest, per_group = len(weight), weight.shape[1] * group
     conv = kind(
-        weight.shape[1] * group, len(weight), tuple(weight.shape[2:]), strides, padding, dilations, group,
-        bias is not None, device="meta",
+        *((rest, per_group) if transposed else (per_group, rest)), tuple(weight.shape[2:]), groups=group,
+        bias=bias is not None, device="meta", **numbers,
     )  # fmt: skip
     conv.weight, conv.bias = weight, bias
     if pad is not None:
         conv.pad = pad
     return conv  # type: ignore[no-any-return]
+
+
+def _plain_numbers(node: onnx.NodeProto, kernel: tuple[int, ...]) -> dict[str, Any] | str:
+    """Strides, dilations and padding of a Conv node, as a module of torch takes them, and what pads before it."""
+    numbers, axes = attributes_of(node), len(kernel)
+    strides, dilations = (tuple(numbers.get(key, [1] * axes)) for key in ("strides", "dilations"))
+    padded = _padding(numbers, kernel, strides, dilations)
+    if padded is None:
+        return "it pads its two sides unequally, as no module of torch of its axes does"
+    return {"stride": strides, "dilation": dilations, "padding": padded[0], "pad": padded[1]}
+
+
+def _transposed_numbers(node: onnx.NodeProto, axes: int) -> dict[str, Any] | str:
+    """Those of a ConvTranspose node."""
+    numbers = attributes_of(node)
+    strides, dilations = (tuple(numbers.get(key, [1] * axes)) for key in ("strides", "dilations"))
+    extra, sides = (tuple(numbers.get(key, [0] * n)) for key, n in (("output_padding", axes), ("pads", 2 * axes)))
+    if "output_shape" in numbers or numbers.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        return "its padding follows from the size of its output"
+    if sides[:axes] != sides[axes:]:
+        return "it crops its two sides unequally, as no module of torch does"
+    return {"stride": strides, "dilation": dilations, "padding": sides[:axes], "output_padding": extra}
 
 
 def _padding(

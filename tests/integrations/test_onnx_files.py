@@ -192,6 +192,114 @@ def test_computed_weights_and_sizes_that_are_not_said(tmp_path: Path):
         files.read(tmp_path / "no.onnx")
 
 
+def inputs_and_results(**shapes: object) -> tuple[list[object], list[object]]:
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    return given, [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
+
+
+def weight_of(*shape: int, name: str = "w", kind: type = np.float32) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.random.default_rng(0).standard_normal(shape).astype(kind), name)
+
+
+@pytest.mark.parametrize("form", ["dw-pw", "pw-dw", "pw-dw-pw"])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"strides": [2, 2]},
+        {"strides": [2, 2], "pads": [1] * 4, "output_padding": [1, 1]},
+        {"group": 2, "dilations": [2, 1]},
+    ],
+    ids=str,
+)
+def test_transposed_convolutions_are_split(numbers: dict[str, object], form: str, tmp_path: Path):
+    given, results = inputs_and_results(x=["n", 8, 6, 7])
+    nodes = [helper.make_node("ConvTranspose", ["x", "w", "b"], ["z"], "up", **numbers)]
+    held = [weight_of(8, 6, 3, 3), weight_of(6 * numbers.get("group", 1), name="b")]
+    made = helper.make_model(helper.make_graph(nodes, "g", given, results, held),
+                             opset_imports=[helper.make_opsetid("", 13)], ir_version=8)  # fmt: skip
+    onnx.save(made, tmp_path / "up.onnx")
+    x = torch.rand(2, 8, 6, 7)
+    network = files.read(tmp_path / "up.onnx")
+    assert torch.allclose(network(x), outputs(tmp_path / "up.onnx", x), atol=1e-5)
+    written = files.convert(tmp_path / "up.onnx", tmp_path / "same.onnx", x, exact=True, forms=form)
+    assert [layer.name for layer in written.plan.split] == ["up"]
+    assert written.drift < 1e-5
+    half = convsplit.convert(network, x, forms=form, budget=Budget(params=0.6))
+    assert files.write(half, tmp_path / "half.onnx", x) < 1e-5
+
+
+def test_half_precision_stays_half(tmp_path: Path):
+    given, results = ([helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape)]
+                      for name, shape in (("x", ["n", 8, 9, 9]), ("z", None)))  # fmt: skip
+    nodes = [helper.make_node("Conv", ["x", "w"], ["z"], "conv")]
+    graph = helper.make_graph(nodes, "g", given, results, [weight_of(12, 8, 3, 3, kind=np.float16)])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "h.onnx"
+    )
+    images = torch.rand(8, 8, 9, 9).half()
+    written = files.convert(tmp_path / "h.onnx", tmp_path / "half.onnx", forms="pw-dw", calibration=images)
+    assert written.plan.split
+    held = onnx.load(written.path).graph.initializer
+    assert {t.data_type for t in held if t.name.endswith(("weight", "bias"))} == {TensorProto.FLOAT16}
+    assert outputs(written.path, images).dtype == torch.float16
+
+
+def branch(name: str, weight: str) -> onnx.GraphProto:
+    result = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
+    node = helper.make_node("Conv", ["a", weight], [f"{name}_y"], f"{name}/conv")
+    return helper.make_graph([node], name, [], [result])
+
+
+def test_what_is_left_alone_has_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture):
+    given, results = inputs_and_results(x=[1, 8, 9, 9])
+    branches = {"then_branch": branch("then", "v"), "else_branch": branch("else", "w")}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "first", pads=[1] * 4),
+        helper.make_node("ReduceSum", ["a"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "zero"], ["positive"]),
+        helper.make_node("If", ["positive"], ["b"], "choice", **branches),
+        helper.make_node("Neg", ["w"], ["minus"]),
+        helper.make_node("Conv", ["b", "minus"], ["c"], "computed"),
+        helper.make_node("ConvTranspose", ["c", "w"], ["d"], "cropped", pads=[0, 0, 1, 1]),
+        helper.make_node("ConvTranspose", ["d", "w"], ["e"], "sized", output_shape=[8, 8]),
+        helper.make_node("Reshape", ["e", "shape"], ["f"]),
+        helper.make_node("Conv", ["f", "u"], ["z"], "uneven", pads=[0, 2]),
+    ]  # fmt: skip
+    held = [
+        weight_of(8, 8, 3, 3), weight_of(8, 8, 3, 3, name="v"), weight_of(8, 8, 3, name="u"),
+        numpy_helper.from_array(np.float32(0), "zero"), numpy_helper.from_array(np.asarray([1, 8, -1]), "shape"),
+    ]  # fmt: skip
+    made = helper.make_graph(nodes, "g", given, results, held)
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "net.onnx"
+    )
+    network = files.read(tmp_path / "net.onnx")
+    assert list(network.nodes) == ["first"]
+    assert network.left_alone == {
+        "then/conv": "inside of the If node 'choice'",
+        "else/conv": "inside of the If node 'choice'",
+        "computed": "'minus' is computed by other nodes, not stored",
+        "cropped": "it crops its two sides unequally, as no module of torch does",
+        "sized": "its padding follows from the size of its output",
+        "uneven": "it pads its two sides unequally, as no module of torch of its axes does",
+    }
+    written = files.convert(tmp_path / "net.onnx", tmp_path / "same.onnx", exact=True, forms="dw-pw")
+    assert written.drift < 1e-4
+    assert "sized is left alone: its padding follows" in str(written)
+    assert (
+        main(["convert", str(tmp_path / "net.onnx"), "--exact", "--out", str(tmp_path / "same.onnx"), "--quiet"]) == 0
+    )
+    assert "computed is left alone: 'minus' is computed" in capsys.readouterr().err
+
+
+def test_inputs_that_the_file_does_not_take_are_said(tmp_path: Path):
+    model = graph({})
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / "two.onnx")
+    with pytest.raises(ValueError, match=r"(?s)does not run on these inputs.*Got: 3 Expected: 2"):
+        files.convert(tmp_path / "two.onnx", tmp_path / "out.onnx", torch.rand(3, 8, 9, 9), exact=True)
+
+
 def test_copies_share_the_graph_and_nothing_else(file: Path):
     network = files.read(file)
     copied = convsplit.convert(network, IMAGES[:1], forms="dw-pw", rank=1)
