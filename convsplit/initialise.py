@@ -27,6 +27,9 @@ def initialise_each(
 ) -> None:
     """Fill layers of one form and kernel shape with factors of the weights of `convs`, and copy the biases.
 
+    Factors are fitted in a metric that takes the mean of the inputs off. Where it was measured, the bias makes good
+    what they make of it, so that outputs keep their mean; layers without bias get one.
+
     `fits` of each come from its error curve, in the metric of its `marginals`. CP starts there in a measured metric,
     and where it has few sweeps. Without one, small kernels converge from singular vectors too: the errors are as small,
     but outputs of a trained network drift less (benchmarks/results/accuracy.md).
@@ -55,6 +58,17 @@ def initialise_each(
         layer.load_factors(factors if known is None else unwhitened(factors, known, mix_channels=form.expands))
         if layer.bias is not None and conv.bias is not None:
             layer.bias.copy_(conv.bias)
+        if isinstance(known, Marginals) and known.means is not None:
+            _keep_means(layer, conv, known.means)
+
+
+def _keep_means(layer: SeparableConv, conv: Convolution, means: Tensor) -> None:
+    """Shift the bias by what is missing of the kernel [G, O, I, K], applied to the mean input [G, I, K]."""
+    whole, fitted = (grouped(each.weight.detach().double(), layer.groups, layer.transposed) for each in (conv, layer))
+    missing = ((whole - fitted) * means.unsqueeze(1)).sum((2, 3)).flatten()
+    if missing.abs().max() > 0:
+        bias = layer.add_bias()
+        bias.add_(missing.to(bias))
 
 
 def unwhitened(factors: Factors, marginals: Marginals | Assumed, *, mix_channels: bool) -> Factors:

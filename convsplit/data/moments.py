@@ -23,6 +23,7 @@ from convsplit.precision import widened
 from convsplit.spec import Axes, Convolution, ConvSpec, axes_of, padding_around, per_axis
 
 POSITIONS_PER_UNKNOWN = 200
+GOLDEN = 0.618
 NEIGHBOURS = 0.4  # correlation of inputs one position apart, where it is not measured
 ROUNDING = 1e-12  # of the energy of patches: what is left of it once their mean is taken off equal ones
 WIDEST = 5000  # channels: moments of more take memory and time that grow with their square and their cube
@@ -147,13 +148,20 @@ def tiles(output_size: Sequence[int], tile: Axes) -> Axes:
 
 
 def _corner(sizes: Sequence[int], step: Axes, index: int) -> Axes:
-    """Where the grid begins; processes that deal out batches in turn take the corners of one alone."""
+    """Where the grid begins; processes that deal out batches in turn take the corners of one alone.
+
+    The first batch's is in the middle of its cell. Later ones are about a golden section of the cell's positions apart,
+    which spreads any number of them: in their order few batches would see one border only.
+    """
     if is_shared():
         index = index * distributed.get_world_size() + distributed.get_rank()
+    cell = math.prod(step)
+    apart = next(each for each in range(math.ceil(GOLDEN * cell), 2 * cell + 1) if math.gcd(each, cell) == 1)
+    index = sum(size // 2 * math.prod(step[axis + 1 :]) for axis, size in enumerate(step)) + index * apart
     corner = []
-    for size, apart in zip(reversed(sizes), reversed(step), strict=True):
-        corner.append(min(index % apart, size - 1))
-        index //= apart
+    for size, width in zip(reversed(sizes), reversed(step), strict=True):
+        corner.append(min(index % width, size - 1))
+        index //= width
     return tuple(reversed(corner))
 
 
@@ -182,6 +190,7 @@ class Marginals:
 
     channels: Tensor  # [G, I, I]
     positions: Tensor  # [G, K, K]
+    means: Tensor | None = None  # [G, I, K], of the patches themselves
 
     def roots(self, *, mix_channels: bool) -> tuple[Root, Root]:
         """The roots for channels and for positions.
@@ -254,7 +263,7 @@ def measure_marginals(
         axes, conv = axes_of(convs[name]), reader_of(convs[name])
         x, y = as_map(given.tensor, axes), as_map(next(tensors_in(output)), axes)
         positions, size, limit = math.prod(conv.kernel_size), y.shape[2:], SAMPLE_BYTES // 4
-        step = thinning(size, y.shape[0] * count, conv.in_channels, positions, limit, tile_of(conv))
+        step = thinning(size, y.shape[0] * count, conv.in_channels * positions, limit, tile_of(conv))
         patches = sampled_patches(conv, conv.groups, x, size, step, seen[name])
         seen[name] += 1
         patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
@@ -262,19 +271,27 @@ def measure_marginals(
         if centred.square().sum() <= ROUNDING * patches.square().sum():
             centred = torch.zeros_like(centred)
         rows = centred.flatten(2)
-        parts = [(rows @ rows.mT).double(), (centred @ centred.mT).sum(1).double()]
+        number = torch.full_like(patches[:1, :1, :1, 0], patches.shape[3])
+        parts = [
+            (rows @ rows.mT).double(), (centred @ centred.mT).sum(1).double(), patches.sum(3).double(), number.double(),
+        ]  # fmt: skip
         sums[name] = parts if name not in sums else [a + b for a, b in zip(sums[name], parts, strict=True)]
 
     with hooked({name: modules[name] for name in convs}, after=watch), quiet_run(model):
         for batch in batches:
             run_or_explain(model, batch, forward)
-    found = [all_reduced_each({name: parts[which] for name, parts in sums.items()}, convs) for which in range(2)]
+    found = [all_reduced_each({name: parts[which] for name, parts in sums.items()}, convs) for which in range(4)]
     reached = {name: [each[name] for each in found] for name in convs if name in found[0]}
     if broken := [name for name, parts in reached.items() if not all(bool(part.isfinite().all()) for part in parts)]:
         raise ValueError(f"the batches lead to NaN or infinite values at {broken[0]!r}: leave out those that do")
     # Without variance in its inputs a layer keeps the plain metric: their moments would say that nothing matters.
-    return {name: Marginals(*(part / part.diagonal(dim1=1, dim2=2).mean() for part in parts))
-            for name, parts in reached.items() if all(_varies(part) for part in parts)}  # fmt: skip
+    return {name: _marginals(parts) for name, parts in reached.items() if all(_varies(part) for part in parts[:2])}
+
+
+def _marginals(parts: Sequence[Tensor]) -> Marginals:
+    """From sums over positions, of products and of patches, and the number of positions."""
+    channels, positions = (part / part.diagonal(dim1=1, dim2=2).mean() for part in parts[:2])
+    return Marginals(channels, positions, parts[2] / parts[3])
 
 
 def _varies(moment: Tensor) -> bool:
@@ -282,15 +299,14 @@ def _varies(moment: Tensor) -> bool:
 
 
 def thinning(
-    output_size: Sequence[int], images: int, channels: int, positions: int = 1, limit: int = SAMPLE_BYTES,
-    tile: Axes | None = None,
-) -> Axes:  # fmt: skip
+    output_size: Sequence[int], images: int, unknowns: int, limit: int = SAMPLE_BYTES, tile: Axes | None = None
+) -> Axes:
     """How far apart tiles of outputs may lie in each axis, so that enough remain of `images` (in all processes).
 
-    Enough for each of `channels` unknowns, in float32 patches of `positions` values a channel that take `limit` bytes.
+    Enough for each of the `unknowns`, inputs times kernel positions, in float32 patches that take `limit` bytes.
     """
-    affordable = limit / (4 * channels * positions)
-    apart = images * math.prod(output_size) / min(POSITIONS_PER_UNKNOWN * channels, affordable)
+    affordable = limit / (4 * unknowns)
+    apart = images * math.prod(output_size) / min(POSITIONS_PER_UNKNOWN * unknowns, affordable)
     sizes = tiles(output_size, tile or (1,) * len(output_size))
     steps: dict[int, int] = {}
     backwards = range(len(sizes) - 1, -1, -1)

@@ -53,7 +53,9 @@ def test_more_stages_repair_more():
         twin = copy.deepcopy(converted)
         convsplit.refit(twin, model, images(128), stages=stages)
         drifts.append(drift(model, twin, images(128)))
-    assert drifts[2] < drifts[1] < drifts[0] < drift(model, converted, images(128))
+    bias, last, everything = drifts
+    assert everything < 0.8 * min(bias, last)
+    assert max(bias, last) < drift(model, converted, images(128))
 
 
 def test_the_last_stage_is_the_least_squares_solution():
@@ -116,10 +118,10 @@ def test_moments_are_those_of_all_positions(monkeypatch):
 
 @pytest.mark.parametrize(("hw", "images"), [((56, 56), 64), ((257, 1), 64), ((1, 3000), 8), ((2, 2), 4), ((1, 1), 1)])
 def test_positions_are_thinned_out_to_what_is_wanted(hw, images):
-    for channels, positions, limit in ((16, 9, 1 << 20), (4, 1, 1 << 30)):
-        apart = thinning(hw, images, channels, positions, limit)
+    for unknowns, limit in ((144, 1 << 20), (4, 1 << 30)):
+        apart = thinning(hw, images, unknowns, limit)
         kept = images * -(-hw[0] // apart[0]) * -(-hw[1] // apart[1])
-        wanted = min(200 * channels, limit / (4 * channels * positions))
+        wanted = min(200 * unknowns, limit / (4 * unknowns))
         assert all(1 <= step <= side for step, side in zip(apart, hw, strict=True))
         assert kept >= min(0.5 * wanted, images * hw[0] * hw[1])
         assert kept <= max(2 * wanted, images) + images
