@@ -46,6 +46,20 @@ def test_repair_lowers_the_drift_and_no_layer_gets_worse(form):
     assert all(layer.after <= layer.before * (1 + 1e-6) for layer in repaired)
 
 
+def test_the_ridge_goes_by_the_number_of_inputs():
+    """However they are dealt out: with the fewer inputs, the stronger is the pull towards the original weights."""
+    model, converted = converted_net(form="dw-pw")
+
+    def repaired(batches, **options) -> torch.Tensor:
+        twin = copy.deepcopy(converted)
+        convsplit.refit(twin, model, batches, **options)
+        return torch.cat([value.flatten() for value in twin.state_dict().values()])
+
+    for batches, ridge in ((images(16), 1.0), (images(128), 0.5), (list(images(128).split(32)), 0.5)):
+        assert torch.equal(repaired(batches), repaired(batches, ridge=ridge))
+        assert not torch.equal(repaired(batches), repaired(batches, ridge=0.1 * ridge))
+
+
 def test_more_stages_repair_more():
     model, converted = converted_net()
     drifts = []
