@@ -42,7 +42,9 @@ class SplitLoader(HfQuantizer):
         shapes = shapes_in(checkpoint_files or ())
         split_as_in(model, shapes)
         guards = {name.replace(".", r"\.") for name, tensor in shapes.items() if not tensor.numel()}
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
+        known = model._keys_to_ignore_on_load_unexpected  # None or a list in transformers 5.0, a set in later ones
+        kind = set if isinstance(known, set) else list
+        model._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *guards])
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
