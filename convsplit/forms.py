@@ -28,7 +28,7 @@ from torch import Tensor
 
 from convsplit.lowrank import CP as CP
 from convsplit.lowrank import Curve as Curve
-from convsplit.lowrank import SliceSVD, cp_curves, cp_each, slice_svd
+from convsplit.lowrank import SliceSVD, cp_curves, cp_each, curve_work, fit_work, slice_svd
 from convsplit.spec import Axes, ConvSpec
 
 
@@ -120,6 +120,12 @@ def grouped(weight: Tensor, groups: int, transposed: bool = False) -> Tensor:
     return kernel.transpose(1, 2) if transposed else kernel
 
 
+def _grouped_shape(spec: ConvSpec) -> tuple[int, int, int, int]:
+    """G, O, I and K of a kernel."""
+    G = spec.groups
+    return G, spec.out_channels // G, spec.in_channels // G, spec.positions
+
+
 def ungrouped(kernel: Tensor, spec: ConvSpec) -> Tensor:
     """The weight of a kernel [G, O, I, K]."""
     kernel = kernel.transpose(1, 2) if spec.transposed else kernel
@@ -178,6 +184,18 @@ class Form:
     def _sliced(self, kernel: Tensor, components: int, even: bool) -> Factors:
         """The best factors where one stage picks channels."""
         raise NotImplementedError
+
+    def curve_work(self, spec: ConvSpec, components: Sequence[int]) -> float:
+        """About how long `curve` takes, in operations."""
+        return self._svd_work(spec)
+
+    def fit_work(self, spec: ConvSpec, components: int) -> float:
+        """About how long `factorise` takes, in operations."""
+        return self._svd_work(spec)
+
+    def _svd_work(self, spec: ConvSpec) -> float:
+        """SVDs of slices [m, n]: some 20 m n min(m, n) operations each."""
+        return 20.0 * spec.weight_params * self.exact(spec) / self.channels(spec)
 
     def components(self, spec: ConvSpec, rank: int) -> int:
         """R for a rank as users give it: the depth multiplier, or the CP rank per group, at most the exact one."""
@@ -282,6 +300,12 @@ class PointwiseDepthwisePointwise(Form):
         starts = [_nearest(each, rank) for each, rank in zip(known, ranks, strict=True)]
         found = cp_each(kernels, ranks, starts=starts, seed=seed)
         return [Factors(spatial=fit.C.mT, outputs=fit.A, inputs=fit.B.mT).balanced() for fit in found]
+
+    def curve_work(self, spec: ConvSpec, components: Sequence[int]) -> float:
+        return curve_work(_grouped_shape(spec), [count // spec.groups for count in components])
+
+    def fit_work(self, spec: ConvSpec, components: int) -> float:
+        return fit_work(_grouped_shape(spec), components // spec.groups)
 
 
 class PointwisePointwise(Form):

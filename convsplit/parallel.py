@@ -27,22 +27,25 @@ def in_parallel(
     description: str,
     *,
     size: Callable[[T], float],
+    cost: Callable[[T], float] | None = None,
     progress: bool | None = None,
 ) -> list[Result]:
     """`[function(item) for item in items]` on as many threads as torch may use, the largest items first.
 
     Most of a factorisation runs outside Python's lock, and eigenvalue problems and small products gain little from a
     second thread. `size` is in weights: very large layers are worked on one after the other, which bounds the memory.
+    `cost` is about how long an item takes, in any unit, for the progress bar; by default the size.
     The first error, or Ctrl-C, ends it as soon as the items under way are done.
 
     >>> in_parallel(lambda number: number**2, [1, 3, 2], "Squaring", size=float)
     [1, 9, 4]
     """
+    cost = cost or size
     threads = torch.get_num_threads()
     affordable = int(MOST_WEIGHTS / max(map(size, items), default=1.0))
     workers = min(threads, MOST_WORKERS, len(items), affordable)
     if workers < 2:
-        return [function(item) for item in track(items, description, cost=size, progress=progress)]
+        return [function(item) for item in track(items, description, cost=cost, progress=progress)]
     grad = torch.is_grad_enabled()  # each thread has its own
 
     def run(item: T) -> Result:
@@ -53,7 +56,7 @@ def in_parallel(
     with _threads_each(threads // workers), ThreadPoolExecutor(workers) as pool:
         futures = {index: pool.submit(run, items[index]) for index in order}
         try:
-            shown = track(order, description, cost=lambda index: size(items[index]), progress=progress)
+            shown = track(order, description, cost=lambda index: cost(items[index]), progress=progress)
             found = {index: futures[index].result() for index in shown}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -68,6 +71,7 @@ def in_batches(
     *,
     alike: Callable[[T], Hashable],
     size: Callable[[T], float],
+    cost: Callable[[T], float] | None = None,
     progress: bool | None = None,
 ) -> list[Result]:
     """`function(items)`, computed in batches of items of equal `alike`, as many at once as `in_parallel` allows.
@@ -85,10 +89,10 @@ def in_batches(
     def run(batch: list[int]) -> list[Result]:
         return function([items[index] for index in batch])
 
-    def total(batch: list[int]) -> float:
-        return sum(size(items[index]) for index in batch)
+    def total(of: Callable[[T], float]) -> Callable[[list[int]], float]:
+        return lambda batch: sum(of(items[index]) for index in batch)
 
-    results = in_parallel(run, batches, description, size=total, progress=progress)
+    results = in_parallel(run, batches, description, size=total(size), cost=total(cost or size), progress=progress)
     found = {
         index: each for batch, result in zip(batches, results, strict=True)
         for index, each in zip(batch, result, strict=True)

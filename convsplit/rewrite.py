@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convsplit.choose.plan import Plan, PlannedLayer
 from convsplit.data.moments import Assumed, Marginals
-from convsplit.forms import CP
+from convsplit.forms import CP, form_named
 from convsplit.initialise import initialise_each
 from convsplit.kinds import Equivalent, equivalent, is_convolution, is_linear, is_weight_hook
 from convsplit.layers.separable import SeparableConv, SeparableConv2d
@@ -111,6 +111,9 @@ def apply_plan(
         in_batches(
             factorise, list(replacements), "Factorising", alike=lambda name: _kind(replacements[name]),
             size=lambda name: originals[name].conv.weight.numel(), progress=progress,
+            cost=lambda name: form_named(replacements[name].form).fit_work(
+                replacements[name].spec, replacements[name].components
+            ),
         )  # fmt: skip
     _warn_of_rebuilding(model, set(replacements))
     return copy_with(model, replacements)

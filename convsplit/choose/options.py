@@ -90,9 +90,14 @@ def find_menus(
     def menus(alike: list[Site]) -> list[Menu]:
         return _menus(alike, forms, rank, even, [(marginals or {}).get(site.name) for site in alike], seed)
 
+    def work(site: Site) -> float:
+        assert site.spec is not None
+        counts = {form: _counts(form, site.spec, rank, even) for form in forms}
+        return sum(form.curve_work(site.spec, found) for form, found in counts.items() if found)
+
     return in_batches(
         menus, _splittable(sites), "Error curves", alike=_kind, size=lambda site: dense_option(site).params,
-        progress=progress,
+        cost=work, progress=progress,
     )  # fmt: skip
 
 
@@ -154,10 +159,9 @@ def _menus(
     options: list[list[Option]] = [[] for _ in sites]
     fits: list[tuple[CP, ...]] = [() for _ in sites]
     for form in forms:
-        counts = _multiples(form, spec) if even else _grid(form, spec)
-        counts = counts if rank is None else [form.components(spec, rank)]
+        counts = _counts(form, spec, rank, even)
         equal = even or rank is not None or (form.expands and form.projects)
-        if not counts or not form.suits(spec):
+        if not counts:
             continue
         structures = [Structure(form.name, count, equal) for count in counts]
         measured = [_in_metric(kernel, form, known) for kernel, known in zip(kernels, marginals, strict=True)]
@@ -170,6 +174,15 @@ def _menus(
         Menu(site, (dense_option(site), *_saving(site, found)), fits=held)
         for site, found, held in zip(sites, options, fits, strict=True)
     ]
+
+
+def _counts(form: Form, spec: ConvSpec, rank: int | None, even: bool) -> list[int]:
+    """The numbers of components of a form that are looked at; none where it is made for other kernels."""
+    if not form.suits(spec):
+        return []
+    if rank is not None:
+        return [form.components(spec, rank)]
+    return _multiples(form, spec) if even else _grid(form, spec)
 
 
 def _weight(site: Site) -> Tensor:

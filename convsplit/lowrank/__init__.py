@@ -15,9 +15,11 @@ import tensorly as tl
 from convsplit.lowrank.canonical import cp as cp
 from convsplit.lowrank.canonical import cp_each as cp_each
 from convsplit.lowrank.canonical import ends_early as ends_early
+from convsplit.lowrank.canonical import fit_work as fit_work
 from convsplit.lowrank.curve import Curve as Curve
 from convsplit.lowrank.curve import cp_curve as cp_curve
 from convsplit.lowrank.curve import cp_curves as cp_curves
+from convsplit.lowrank.curve import curve_work as curve_work
 from convsplit.lowrank.factors import CP as CP
 from convsplit.lowrank.svd import SliceSVD as SliceSVD
 from convsplit.lowrank.svd import slice_svd as slice_svd

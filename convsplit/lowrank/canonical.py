@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from convsplit.lowrank.als import RIDGE, Alternation
-from convsplit.lowrank.factors import CP, Factors, affordable, balanced, each, norms, reconstruct
+from convsplit.lowrank.factors import CP, Factors, affordable, balanced, each, norms, reconstruct, work
 from convsplit.lowrank.starts import exact_factors, resized, starting_points
 
 FLOAT64_WORK = 1e5  # O * I * K * R up to which float64 costs next to nothing
@@ -92,6 +92,11 @@ def cp_each(
         if blurred and dtype == torch.float32 and iterations is None:
             fitted(blurred, torch.float64, fits)
     return cast(list[CP], fits)
+
+
+def fit_work(shape: Sequence[int], rank: int) -> float:
+    """About how long `cp` of a kernel [G,O,I,K] takes, in operations, if it makes all the sweeps that it may."""
+    return work(shape, rank, affordable(shape, rank, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS))
 
 
 def ends_early(shape: torch.Size, rank: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convsplit.lowrank.canonical import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp_each
-from convsplit.lowrank.factors import CP, affordable, sweep_flops
+from convsplit.lowrank.factors import CP, affordable, sweep_flops, work
 
 CURVE_FLOPS = 2e9  # what one of the short fits may cost
 CURVE_SWEEPS = 32
@@ -59,6 +59,14 @@ def cp_curves(weights: Sequence[Tensor], ranks: Sequence[int], *, seed: int = 0)
     return [_read(chain, shape, ranks) for chain in chains]
 
 
+def curve_work(shape: Sequence[int], ranks: Sequence[int]) -> float:
+    """About how long `cp_curve` of a kernel [G,O,I,K] takes, in operations."""
+    return sum(
+        work(shape, rank, affordable(shape, rank, CURVE_FLOPS, 2, CURVE_SWEEPS))
+        for rank in _anchors(shape, sorted(set(ranks)))
+    )
+
+
 def _read(fits: Sequence[CP], shape: torch.Size, ranks: Sequence[int]) -> Curve:
     points = [(fit.rank, math.log(max(_settled(fit, shape), 1e-6))) for fit in fits]
     errors = {rank: math.exp(min(_parabola(points, rank), 0.0)) for rank in set(ranks)}
@@ -66,7 +74,7 @@ def _read(fits: Sequence[CP], shape: torch.Size, ranks: Sequence[int]) -> Curve:
     return Curve(tuple(falling), tuple(fits))
 
 
-def _anchors(shape: torch.Size, ranks: list[int]) -> list[int]:
+def _anchors(shape: Sequence[int], ranks: list[int]) -> list[int]:
     """The sorted ranks to fit: the lowest, and those nearest to ANCHORS as far as two sweeps are affordable."""
     _, O, I, K = shape
     dense = O * I * K / (O + I + K)  # the rank with as many parameters as the kernel

@@ -5,13 +5,14 @@ Shape letters as in spec.py; N, P and Q stand for O, I and K in some order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 Factors = tuple[Tensor, Tensor, Tensor]  # A [G, O, R], B [G, I, R], C [G, K, R]
+
+CALLS = 2e7  # operations that take as long as calling those of a sweep
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,17 @@ def reconstruct(factors: Factors) -> Tensor:
     return out
 
 
-def sweep_flops(shape: torch.Size, rank: int) -> float:
+def sweep_flops(shape: Sequence[int], rank: int) -> float:
+    """Operations of a sweep over a kernel [G,O,I,K]."""
     G, O, I, K = shape
     return G * (4 * O * I * K * rank + 2 * rank**3 + 4 * rank**2 * (O + I + K))
 
 
-def affordable(shape: torch.Size, rank: int, flops: float, least: int, most: int) -> int:
+def work(shape: Sequence[int], rank: int, sweeps: int) -> float:
+    """About how long so many sweeps take, in operations."""
+    return sweeps * (CALLS + sweep_flops(shape, rank))
+
+
+def affordable(shape: Sequence[int], rank: int, flops: float, least: int, most: int) -> int:
     """Sweeps (or starts) that `flops` buy. Counted, not timed: the same call gives the same result on every machine."""
     return round(min(max(flops / sweep_flops(shape, rank), least), most))
