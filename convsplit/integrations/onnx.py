@@ -8,6 +8,7 @@ that no operator is unknown; the rest of the graph is run by ONNX Runtime (`conv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,8 @@ def run_file(path: str | Path, batch: Batch) -> list[Tensor]:
 
 def _allowed(outputs: list[Tensor]) -> float:
     """What is rounding, in the precision of outputs."""
-    return max((ROUNDING, *(torch.finfo(each.dtype).eps ** 0.5 for each in outputs if each.is_floating_point())))
+    precisions = [float(torch.finfo(each.dtype).eps) for each in outputs if each.is_floating_point()]
+    return max([ROUNDING, *map(math.sqrt, precisions)])
 
 
 def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
