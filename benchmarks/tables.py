@@ -67,6 +67,28 @@ def losses(results: dict[str, Result], argument: str) -> str:
     return Table(headings, rows, frozenset({"network", "budget", "figure", "best of the others"})).markdown()
 
 
+def points(results: dict[str, Result], name: str) -> str:
+    """Points of accuracy lost: a row for each budget, a column for each network and way."""
+    lost: dict[str, dict[str, str]] = {}
+    for cells in _records(results[name].sheets[0]):
+        column = f"{cells['network']}: {cells['way']}"
+        lost.setdefault(_percent(cells["kept"]), {})[column] = cells["points lost"]
+    columns = list(dict.fromkeys(column for row in lost.values() for column in row))
+    rows = [[kept, *(row.get(column, "-") for column in columns)] for kept, row in lost.items()]
+    return Table(["kept", *columns], rows, frozenset()).markdown()
+
+
+def drifts(results: dict[str, Result], name: str) -> str:
+    """How far outputs move with each budget, and what that does to classes."""
+    rows = [[_percent(cells["kept"]), cells["drift"], cells["agreement"], cells["points lost"]]
+            for cells in _records(results[name].sheets[0])]  # fmt: skip
+    return Table(["weights kept", "output drift", "same top-1 class", "points lost"], rows, frozenset()).markdown()
+
+
+def _percent(fraction: str) -> str:
+    return f"{100 * float(fraction):g} %"
+
+
 def conditions(results: dict[str, Result], name: str) -> str:
     return results[name].conditions()
 
@@ -93,5 +115,6 @@ def _beats(theirs: str, ours: str, best: Callable[..., float]) -> bool:
 
 
 TABLES: dict[str, Callable[[dict[str, Result], str], str]] = {
-    "whole": whole, "short": short, "losses": losses, "conditions": conditions,
+    "whole": whole, "short": short, "losses": losses, "points": points, "drifts": drifts,
+    "conditions": conditions,
 }  # fmt: skip
