@@ -157,9 +157,19 @@ class Form:
         return self.curves([kernel], components, even=even, seed=seed)[0]
 
     def curves(
-        self, kernels: Sequence[Tensor], components: Sequence[int], *, even: bool = False, seed: int = 0
+        self,
+        kernels: Sequence[Tensor],
+        components: Sequence[int],
+        *,
+        even: bool = False,
+        seed: int = 0,
+        correlations: Sequence[Tensor | None] | None = None,
     ) -> list[Curve]:
-        """`curve` of several kernels of one shape, found together: small ones in a fraction of the time."""
+        """`curve` of several kernels of one shape, found together: small ones in a fraction of the time.
+
+        `correlations` [G, I, I] of each one's input channels count where the form reads these one by one, so that no
+        metric of kernels has them.
+        """
         raise NotImplementedError
 
     def factorise(
@@ -238,9 +248,19 @@ class DepthwisePointwise(Form):
         return spec.in_channels * min(spec.out_channels // spec.groups, spec.positions)
 
     def curves(
-        self, kernels: Sequence[Tensor], components: Sequence[int], *, even: bool = False, seed: int = 0
+        self,
+        kernels: Sequence[Tensor],
+        components: Sequence[int],
+        *,
+        even: bool = False,
+        seed: int = 0,
+        correlations: Sequence[Tensor | None] | None = None,
     ) -> list[Curve]:
-        return [_slice_curve(slice_svd(kernel.transpose(1, 2)), components, even) for kernel in kernels]
+        known = correlations or [None] * len(kernels)
+        return [
+            _slice_curve(slice_svd(kernel.transpose(1, 2)), components, even, own)
+            for kernel, own in zip(kernels, known, strict=True)
+        ]
 
     def _sliced(self, kernel: Tensor, components: int, even: bool) -> Factors:
         channels, left, right = _kept_triplets(slice_svd(kernel.transpose(1, 2)), components, even)
@@ -259,7 +279,13 @@ class PointwiseDepthwise(Form):
         return spec.out_channels * min(spec.in_channels // spec.groups, spec.positions)
 
     def curves(
-        self, kernels: Sequence[Tensor], components: Sequence[int], *, even: bool = False, seed: int = 0
+        self,
+        kernels: Sequence[Tensor],
+        components: Sequence[int],
+        *,
+        even: bool = False,
+        seed: int = 0,
+        correlations: Sequence[Tensor | None] | None = None,
     ) -> list[Curve]:
         return [_slice_curve(slice_svd(kernel), components, even) for kernel in kernels]
 
@@ -282,7 +308,13 @@ class PointwiseDepthwisePointwise(Form):
         return spec.groups * min(I * min(O, K), O * min(I, K), K * min(I, O))
 
     def curves(
-        self, kernels: Sequence[Tensor], components: Sequence[int], *, even: bool = False, seed: int = 0
+        self,
+        kernels: Sequence[Tensor],
+        components: Sequence[int],
+        *,
+        even: bool = False,
+        seed: int = 0,
+        correlations: Sequence[Tensor | None] | None = None,
     ) -> list[Curve]:
         return cp_curves(kernels, [count // kernels[0].shape[0] for count in components], seed=seed)
 
@@ -320,7 +352,13 @@ class PointwisePointwise(Form):
         return min(spec.in_channels, spec.out_channels)
 
     def curves(
-        self, kernels: Sequence[Tensor], components: Sequence[int], *, even: bool = False, seed: int = 0
+        self,
+        kernels: Sequence[Tensor],
+        components: Sequence[int],
+        *,
+        even: bool = False,
+        seed: int = 0,
+        correlations: Sequence[Tensor | None] | None = None,
     ) -> list[Curve]:
         return [_slice_curve(slice_svd(kernel.permute(0, 3, 1, 2)), components, False) for kernel in kernels]
 
@@ -343,8 +381,11 @@ def form_named(name: str) -> Form:
     return KNOWN[name]
 
 
-def _slice_curve(svd: SliceSVD, components: Sequence[int], even: bool) -> Curve:
+def _slice_curve(svd: SliceSVD, components: Sequence[int], even: bool, correlations: Tensor | None = None) -> Curve:
     groups, channels, _ = svd.values.shape
+    if correlations is not None:
+        per_group = [count // groups for count in components]
+        return Curve(tuple(svd.correlated_errors(per_group, correlations, even=even)))
     errors = svd.errors(even=even).tolist()
     step = groups * channels if even else groups
     return Curve(tuple(errors[min(count // step, len(errors) - 1)] for count in components))

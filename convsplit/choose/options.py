@@ -165,7 +165,9 @@ def _menus(
             continue
         structures = [Structure(form.name, count, equal) for count in counts]
         measured = [_in_metric(kernel, form, known) for kernel, known in zip(kernels, marginals, strict=True)]
-        for index, curve in enumerate(form.curves(measured, counts, even=equal, seed=seed)):
+        correlations = [None if form.expands else _correlations(known) for known in marginals]
+        curves = form.curves(measured, counts, even=equal, seed=seed, correlations=correlations)
+        for index, curve in enumerate(curves):
             options[index] += [
                 _option(sites[index], each, error) for each, error in zip(structures, curve.errors, strict=True)
             ]
@@ -200,6 +202,10 @@ def _in_metric(kernel: Tensor, form: Form, marginals: Marginals | Assumed | None
     if marginals is None:
         return kernel
     return whitened(kernel, *marginals.roots(mix_channels=form.expands)).to(kernel.dtype)
+
+
+def _correlations(marginals: Marginals | Assumed | None) -> Tensor | None:
+    return marginals.correlations if isinstance(marginals, Marginals) else None
 
 
 def _option(site: Site, structure: Structure, error: float) -> Option:

@@ -192,6 +192,12 @@ class Marginals:
     positions: Tensor  # [G, K, K]
     means: Tensor | None = None  # [G, I, K], of the patches themselves
 
+    @property
+    def correlations(self) -> Tensor:
+        """Between channels [G, I, I]: what `roots` leaves out without `mix_channels`."""
+        sizes = self.channels.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(self.channels.dtype).tiny).sqrt()
+        return self.channels / (sizes.unsqueeze(1) * sizes.unsqueeze(2))
+
     def roots(self, *, mix_channels: bool) -> tuple[Root, Root]:
         """The roots for channels and for positions.
 

@@ -31,6 +31,24 @@ def test_predicted_errors_are_those_of_the_outputs(channels: int, form: str) -> 
     assert float(error.norm() / varied) == pytest.approx(plan.layers[0].option.error, rel=0.35)
 
 
+@pytest.mark.parametrize("form", ["dw-pw", "pw-dw", "pw-dw-pw"])
+def test_predicted_errors_are_those_of_the_outputs_where_channels_correlate(form: str) -> None:
+    """Forms compete by them. A filter of differences between channels sees little of nearly grey images, and what is
+    left out of each channel alone does not cancel as the whole does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 32, 3, padding=1, bias=False))
+    with torch.no_grad():
+        model[0].weight -= 0.95 * model[0].weight.mean(1, keepdim=True)
+    x = framed(256, 1) + 0.3 * framed(256, 6)
+    known = Study(model, calibration=list(x.split(64)), forms=form)
+    for kept in (0.4, 0.7):
+        plan = known.plan(Budget(params=kept))
+        with torch.no_grad():
+            wanted, error = model(x), known._rewritten(plan)(x) - model(x)
+        varied = (wanted - wanted.mean((0, 2, 3), keepdim=True)).norm()
+        assert float(error.norm() / varied) == pytest.approx(plan.layers[0].option.error, rel=0.35)
+
+
 def test_few_positions_are_taken_from_everywhere() -> None:
     """Wherever the grid of a batch begins, several batches together see rows and columns alike, and not one border."""
     rows = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)

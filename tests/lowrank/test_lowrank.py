@@ -61,6 +61,36 @@ def test_slices_of_any_shape_are_the_sum_of_orthonormal_triplets(
         assert torch.allclose(vectors @ vectors.mT, torch.eye(q, dtype=dtype), atol=near)
 
 
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize(("groups", "channels"), [(1, 6), (2, 5), (1, 80)])
+def test_errors_where_channels_correlate_are_those_of_the_sum(groups: int, channels: int, even: bool) -> None:
+    """Against the norm of what is left out, times the root of the correlations: exact for up to 64 channels."""
+    generator = torch.Generator().manual_seed(channels)
+    slices = torch.randn(groups, channels, 7, 4, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(groups, channels, channels + 3, generator=generator, dtype=torch.float64) + 0.5
+    correlations = mixing @ mixing.mT
+    sizes = correlations.diagonal(dim1=1, dim2=2).sqrt()
+    correlations = correlations / sizes.unsqueeze(1) / sizes.unsqueeze(2)
+    svd, counts = slice_svd(slices), [0, channels, 2 * channels, 4 * channels, 99 * channels]
+    values, vectors = torch.linalg.eigh(correlations)
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+
+    def norm(kernel: torch.Tensor) -> float:
+        return float(torch.einsum("gcmn,gck->gkmn", kernel, root).norm())
+
+    found = svd.correlated_errors(counts, correlations, even=even)
+    for count, error in zip(counts, found, strict=True):
+        kept = torch.zeros(groups, channels * 4, dtype=torch.float64)
+        kept.scatter_(1, svd.keep(min(count, 4 * channels), even=even), 1.0)
+        fitted = (svd.left * (svd.values * kept.view(groups, channels, 4)).unsqueeze(2)) @ svd.right
+        assert error == pytest.approx(
+            norm(slices - fitted) / norm(slices), rel=1e-9 if channels <= 64 else 0.05, abs=1e-7
+        )
+    plain = [float(svd.errors(even=even)[count // channels if even else count]) for count in counts[:4]]
+    alone = torch.eye(channels, dtype=torch.float64).expand(groups, -1, -1)
+    assert svd.correlated_errors(counts[:4], alone, even=even) == pytest.approx(plain, abs=1e-7)
+
+
 def kernel(O: int, I: int, K: int = 9, seed: int = 0, groups: int = 1, decay: float = 0.9) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     factors = (torch.randn(groups, n, 60, generator=generator, dtype=torch.float64) for n in (O, I, K))
