@@ -104,7 +104,7 @@ class Alternation:
                     break
                 self._keep([place for place, has_ended in enumerate(ended) if not has_ended])
         errors = [[*own, *own[-1:] * (sweep + 1 - len(own))] for own in history]
-        found = torch.tensor([losses, *zip(*errors, strict=True)], dtype=torch.float64).to(self.unfolded.device)
+        found = torch.tensor([losses, *zip(*errors, strict=True)], dtype=torch.float64, device=self.unfolded.device)
         return _transposed(rows), found[0], found[1:].mT
 
     def _store(self, rows: Factors, running: list[int], ended: list[bool]) -> None:
