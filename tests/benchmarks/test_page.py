@@ -44,6 +44,21 @@ def test_a_marker_is_filled_with_the_cell_it_names() -> None:
         page.filled("<!-- figure: peers / digits / CP / won -->7<!-- /figure -->", results)
 
 
+def test_accuracies_are_told_by_budget_with_a_column_for_each_way() -> None:
+    headings = ["network", "kept", "way", "points lost", "agreement", "drift"]
+    rows = [
+        ["A", "0.5", "no data", "1.00", "97.0 %", "0.150"],
+        ["A", "0.5", "repaired", "0.25", "99.0 %", "0.080"],
+        ["A", "0.125", "repaired", "9.50", "88.0 %", "0.430"],
+    ]
+    found = {"cifar": Result("accuracy", "", [Sheet("accuracy", Table(headings, rows), headings[:3])])}
+    lines = page.filled("<!-- table: points cifar --><!-- /table -->", found).splitlines()
+    assert lines[2] == "| kept | A: no data | A: repaired |"
+    assert lines[4:6] == ["| 50 % | 1.00 | 0.25 |", "| 12.5 % | - | 9.50 |"]
+    drifts = page.filled("<!-- table: drifts cifar --><!-- /table -->", found)
+    assert "| 12.5 % | 0.430 | 88.0 % | 9.50 |" in drifts
+
+
 def test_a_figure_typed_by_hand_is_seen() -> None:
     for typed in ("loses 2.2 points", "at 25 % of it", "1.5x faster", "in 3 ms"):
         assert TYPED.search(typed)
