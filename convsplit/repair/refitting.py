@@ -197,9 +197,9 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
     bias = fit.layer.bias
     bias = torch.zeros(len(samples.batches[0].answers), device="cpu") if bias is None else bias.double()
     before = samples.error(fit.kernel, bias)
-    moments = Moments.of(samples, samples.targets())
-    if not moments.vary:  # equal patches throughout tell nothing about the kernel
+    if not samples.vary:  # equal patches throughout tell nothing about the kernel
         return Repaired(name, before, before)
+    moments = Moments.of(samples, samples.targets())
     bias = fit.fit_to(moments, Metric.of(fit.centred(moments), fit.original.shape[3], ridge), F)
     if samples.tail.ceiling is not None:  # there is a ReLU, and now something to start from
         fit, filters = fit.narrowed()

@@ -83,6 +83,14 @@ class Samples:
             found.append(self.tail.question(z, sample.added, otherwise=sample.answers))
         return found
 
+    @property
+    def vary(self) -> bool:
+        """Whether patches differ from one another by more than rounding, which moments of float32 cannot tell."""
+        first = self.batches[0].patches[..., :1]
+        rounding = min(1e-2, 100 * torch.finfo(first.dtype).eps) * float(first.abs().max())
+        apart = any(float((sample.patches - first).abs().max()) > rounding for sample in self.batches)
+        return bool(all_reduced(torch.tensor(float(apart), device="cpu")) > 0)
+
     def error(self, kernel: Tensor, bias: Tensor) -> float:
         """Squared error of what the model passes on, for kernels [G, O, I, K], relative to its variance."""
         missed = energy = total = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -179,12 +187,6 @@ class Moments:
         )
         empty = second.new_empty(0)
         return cls(second, empty, mean, empty, count).towards(samples, targets)
-
-    @property
-    def vary(self) -> bool:
-        """Whether patches differ from one another, by more than rounding."""
-        variance = self.patches.diagonal(dim1=1, dim2=2).sum()
-        return bool(variance > 1e-10 * self.patch_mean.square().sum())
 
     def through(self, filters: Tensor) -> Moments:
         """Moments of features, filters [G, R, P] times patches, in the place of patches."""

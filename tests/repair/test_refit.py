@@ -715,3 +715,15 @@ def test_small_batches_are_joined_and_tell_the_same(size, joined):
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-5, atol=1e-5)
     kernel, bias = torch.randn(1, 4, 8, 9, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     assert samples.error(kernel, bias) == pytest.approx(whole.error(kernel, bias), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_images_of_one_colour_leave_the_layers_as_they_are(seed: int) -> None:
+    """Behind the first layer their features are equal but for rounding, which is nothing to fit a kernel to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    converted = convsplit.convert(model, seed=seed)
+    before = copy.deepcopy(converted.state_dict())
+    with pytest.warns(convsplit.ConversionWarning, match="no variance"):
+        convsplit.refit(converted, model, torch.full((16, 8, 12, 12), 0.5), seed=seed)
+    assert all(torch.equal(value, before[key]) for key, value in converted.state_dict().items())
