@@ -170,7 +170,11 @@ class Form:
         `correlations` [G, I, I] of each one's input channels count where the form reads these one by one, so that no
         metric of kernels has them.
         """
-        raise NotImplementedError
+        known = [None] * len(kernels) if correlations is None or self.expands else correlations
+        return [
+            _slice_curve(slice_svd(self._slices(kernel)), components, even, own)
+            for kernel, own in zip(kernels, known, strict=True)
+        ]
 
     def factorise(
         self, kernel: Tensor, components: int, *, even: bool = False, seed: int = 0, fits: Sequence[CP] = ()
@@ -189,10 +193,14 @@ class Form:
     ) -> list[Factors]:
         """`factorise` of several kernels of one shape, found together: small ones in a fraction of the time."""
         evens = [False] * len(kernels) if even is None else even
-        return [self._sliced(*each) for each in zip(kernels, components, evens, strict=True)]
+        return [self._truncated(*each) for each in zip(kernels, components, evens, strict=True)]
 
-    def _sliced(self, kernel: Tensor, components: int, even: bool) -> Factors:
-        """The best factors where one stage picks channels."""
+    def _slices(self, kernel: Tensor) -> Tensor:
+        """The matrices [G, C, m, n] of a kernel [G, O, I, K] that components of rank one add up to."""
+        raise NotImplementedError
+
+    def _truncated(self, kernel: Tensor, components: int, even: bool) -> Factors:
+        """The best factors, from the singular vectors of the slices."""
         raise NotImplementedError
 
     def curve_work(self, spec: ConvSpec, components: Sequence[int]) -> float:
@@ -247,23 +255,11 @@ class DepthwisePointwise(Form):
     def exact(self, spec: ConvSpec) -> int:
         return spec.in_channels * min(spec.out_channels // spec.groups, spec.positions)
 
-    def curves(
-        self,
-        kernels: Sequence[Tensor],
-        components: Sequence[int],
-        *,
-        even: bool = False,
-        seed: int = 0,
-        correlations: Sequence[Tensor | None] | None = None,
-    ) -> list[Curve]:
-        known = correlations or [None] * len(kernels)
-        return [
-            _slice_curve(slice_svd(kernel.transpose(1, 2)), components, even, own)
-            for kernel, own in zip(kernels, known, strict=True)
-        ]
+    def _slices(self, kernel: Tensor) -> Tensor:
+        return kernel.transpose(1, 2)
 
-    def _sliced(self, kernel: Tensor, components: int, even: bool) -> Factors:
-        channels, left, right = _kept_triplets(slice_svd(kernel.transpose(1, 2)), components, even)
+    def _truncated(self, kernel: Tensor, components: int, even: bool) -> Factors:
+        channels, left, right = _kept_triplets(slice_svd(self._slices(kernel)), components, even)
         return Factors(spatial=right, outputs=left.mT, channels=channels).balanced()
 
 
@@ -278,19 +274,11 @@ class PointwiseDepthwise(Form):
     def exact(self, spec: ConvSpec) -> int:
         return spec.out_channels * min(spec.in_channels // spec.groups, spec.positions)
 
-    def curves(
-        self,
-        kernels: Sequence[Tensor],
-        components: Sequence[int],
-        *,
-        even: bool = False,
-        seed: int = 0,
-        correlations: Sequence[Tensor | None] | None = None,
-    ) -> list[Curve]:
-        return [_slice_curve(slice_svd(kernel), components, even) for kernel in kernels]
+    def _slices(self, kernel: Tensor) -> Tensor:
+        return kernel
 
-    def _sliced(self, kernel: Tensor, components: int, even: bool) -> Factors:
-        channels, left, right = _kept_triplets(slice_svd(kernel), components, even)
+    def _truncated(self, kernel: Tensor, components: int, even: bool) -> Factors:
+        channels, left, right = _kept_triplets(slice_svd(self._slices(kernel)), components, even)
         return Factors(spatial=right, inputs=left, channels=channels).balanced()
 
 
@@ -351,19 +339,11 @@ class PointwisePointwise(Form):
     def exact(self, spec: ConvSpec) -> int:
         return min(spec.in_channels, spec.out_channels)
 
-    def curves(
-        self,
-        kernels: Sequence[Tensor],
-        components: Sequence[int],
-        *,
-        even: bool = False,
-        seed: int = 0,
-        correlations: Sequence[Tensor | None] | None = None,
-    ) -> list[Curve]:
-        return [_slice_curve(slice_svd(kernel.permute(0, 3, 1, 2)), components, False) for kernel in kernels]
+    def _slices(self, kernel: Tensor) -> Tensor:
+        return kernel.permute(0, 3, 1, 2)
 
-    def _sliced(self, kernel: Tensor, components: int, even: bool) -> Factors:
-        _, left, right = _kept_triplets(slice_svd(kernel.permute(0, 3, 1, 2)), components, False)
+    def _truncated(self, kernel: Tensor, components: int, even: bool) -> Factors:
+        _, left, right = _kept_triplets(slice_svd(self._slices(kernel)), components, False)
         return Factors(spatial=left.new_ones(*left.shape[:2], 1), outputs=left.mT, inputs=right).balanced()
 
 

@@ -165,7 +165,7 @@ def _menus(
             continue
         structures = [Structure(form.name, count, equal) for count in counts]
         measured = [_in_metric(kernel, form, known) for kernel, known in zip(kernels, marginals, strict=True)]
-        correlations = [None if form.expands else _correlations(known) for known in marginals]
+        correlations = [_correlations(known) for known in marginals]
         curves = form.curves(measured, counts, even=equal, seed=seed, correlations=correlations)
         for index, curve in enumerate(curves):
             options[index] += [
