@@ -86,9 +86,11 @@ class Samples:
     @property
     def vary(self) -> bool:
         """Whether patches differ from one another by more than rounding, which moments of float32 cannot tell."""
-        first = self.batches[0].patches[..., :1]
+        seen = [sample.patches for sample in self.batches if sample.positions]
+        first = seen[0][..., :1] if seen else torch.zeros(1, device="cpu")
         rounding = min(1e-2, 100 * torch.finfo(first.dtype).eps) * float(first.abs().max())
-        apart = any(float((sample.patches - first).abs().max()) > rounding for sample in self.batches)
+        ends = (each.aminmax(dim=2, keepdim=True) for each in seen)  # without a copy of the patches
+        apart = any(float(torch.maximum(high - first, first - low).max()) > rounding for low, high in ends)
         return bool(all_reduced(torch.tensor(float(apart), device="cpu")) > 0)
 
     def error(self, kernel: Tensor, bias: Tensor) -> float:
