@@ -24,7 +24,7 @@ from convsplit.model.copies import deep_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.parallel import in_batches
 from convsplit.progress import warn
-from convsplit.spec import ConvSpec, nouns
+from convsplit.spec import ConvSpec, noun
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -158,8 +158,7 @@ def _originals(model: nn.Module, plan: Plan) -> dict[str, Equivalent]:
         module = modules.get(layer.name)
         if module is None or not (is_convolution(module) or is_linear(module)):
             found = "no such module" if module is None else f"a {type(module).__name__}"
-            noun = nouns([layer.spec]).removesuffix("s")
-            raise ValueError(f"the plan splits {layer.name!r}, a {noun}; the model has {found} there")
+            raise ValueError(f"the plan splits {layer.name!r}, a {noun([layer.spec])}; the model has {found} there")
         original = equivalent(module)
         if isinstance(original, str):
             raise ValueError(f"the plan splits {layer.name!r}, but in this model: {original}")

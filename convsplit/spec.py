@@ -60,13 +60,13 @@ def pair(value: int | tuple[int, ...]) -> Pair:
     return (first, second)
 
 
-def nouns(specs: Iterable[ConvSpec | None]) -> str:
-    """What layers are called together: convolutions, unless linear ones are among them.
+def noun(specs: Iterable[ConvSpec | None]) -> str:
+    """What one of some layers is called: a convolution, unless linear ones are among them.
 
-    >>> nouns([ConvSpec.of(nn.Conv2d(1, 1, 1))]), nouns([ConvSpec.of(nn.Conv2d(1, 1, 1)), ConvSpec.of(nn.Linear(1, 1))])
-    ('convolutions', 'layers')
+    >>> noun([ConvSpec.of(nn.Conv2d(1, 1, 1))]), noun([ConvSpec.of(nn.Conv2d(1, 1, 1)), ConvSpec.of(nn.Linear(1, 1))])
+    ('convolution', 'layer')
     """
-    return "layers" if any(spec is not None and spec.axes == 0 for spec in specs) else "convolutions"
+    return "layer" if any(spec is not None and spec.axes == 0 for spec in specs) else "convolution"
 
 
 def axes_of(conv: Any) -> int:

@@ -55,7 +55,7 @@ from convsplit.report.frontier import measured_point, planned_point
 from convsplit.report.quality import HeldOut
 from convsplit.rewrite import apply_plan
 from convsplit.searches import Finetune, find_cheapest
-from convsplit.spec import ConvSpec, nouns, parameter_count
+from convsplit.spec import ConvSpec, noun, parameter_count
 from convsplit.structure import forms_named
 from convsplit.tables import Table, Tabular, count
 
@@ -456,9 +456,9 @@ class Study(Tabular, Generic[M]):
         """How much of the model can be split."""
         split = [site.spec for site in self.sites if site.splittable and site.spec]
         weights = sum(spec.weight_params for spec in split)
-        noun = nouns(site.spec for site in self.sites)
+        kind = noun(site.spec for site in self.sites)
         return (
-            f"{len(split)} of {len(self.sites)} {noun} can be split; they hold {count(weights)} of "
+            f"{len(split)} of {len(self.sites)} {kind}s can be split; they hold {count(weights)} of "
             f"{count(self.params)} parameters"
         )
 
@@ -588,9 +588,9 @@ def _warn_of_reasons(title: str, sites: Sequence[Site]) -> None:
     if set(reasons) == {SKIPPED}:
         return
     found = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
-    noun = nouns(site.spec for site in sites).removesuffix("s")
+    kind = noun(site.spec for site in sites)
     hint = '. With "pw-pw" among forms=, 1x1 kernels can be split, too' if POINTWISE in reasons else ""
-    warn(f"no {noun} of {title} can be split, the result is a plain copy: {found}{hint}")
+    warn(f"no {kind} of {title} can be split, the result is a plain copy: {found}{hint}")
 
 
 def _record(site: Site) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from convsplit.choose.budget import Budget
 from convsplit.choose.knapsack import GAP
 from convsplit.choose.options import Menu, Option
 from convsplit.model.sites import Site
-from convsplit.spec import ConvSpec, nouns
+from convsplit.spec import ConvSpec, noun
 from convsplit.structure import Structure
 from convsplit.tables import (
     Table,
@@ -122,8 +122,8 @@ class Plan(Tabular):
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        noun = nouns(layer.spec for layer in self.layers).removesuffix("s")
-        raise KeyError(f"no {noun} {name!r} in the plan; it has {', '.join(each.name for each in self.layers)}")
+        kind = noun(layer.spec for layer in self.layers)
+        raise KeyError(f"no {kind} {name!r} in the plan; it has {', '.join(each.name for each in self.layers)}")
 
     def keep_dense(self, which: str | Callable[[PlannedLayer], bool]) -> Plan:
         """The plan with some layers kept dense: by name or glob pattern, or by a predicate.
@@ -193,23 +193,23 @@ class Plan(Tabular):
         """The totals in words."""
         t = self.totals()
         n_splittable = sum(layer.dense is not None for layer in self.layers)
-        noun = nouns(layer.spec for layer in self.layers)
+        kinds = f"{noun(layer.spec for layer in self.layers)}s"
         slower = self.model_milliseconds is not None and self.model_milliseconds[1] > self.model_milliseconds[0]
         lines = [
             *([f"slower than before: {self._times()}"] if slower else []),
-            f"{len(self.split)} of {n_splittable} splittable {noun} are split"
+            f"{len(self.split)} of {n_splittable} splittable {kinds} are split"
             + (f" ({self.budget!r})" if self.budget else ""),
-            f"parameters of the splittable {noun} {count(t['params_before'])} -> {count(t['params_after'])}"
+            f"parameters of the splittable {kinds} {count(t['params_before'])} -> {count(t['params_after'])}"
             f" ({ratio(t['params_after'], t['params_before'])}), of the model {count(t['model_params_before'])}"
             f" -> {count(t['model_params_after'])} ({ratio(t['model_params_after'], t['model_params_before'])})",
         ]
         if t["macs_before"] is not None:
             lines.append(
-                f"MACs per input of the splittable {noun} {count(t['macs_before'])} -> {count(t['macs_after'])}"
+                f"MACs per input of the splittable {kinds} {count(t['macs_before'])} -> {count(t['macs_after'])}"
                 f" ({ratio(t['macs_after'], t['macs_before'])})"
             )
         if self.conditions is not None:
-            lines.append(f"milliseconds of the splittable {noun} {self._times()}, {self.conditions}")
+            lines.append(f"milliseconds of the splittable {kinds} {self._times()}, {self.conditions}")
         if self.gap > GAP:
             lines.append(f"another choice may have a predicted loss smaller by {percent(self.gap)} at most")
         lines.append(f"largest predicted relative weight error of a layer: {share(t['largest_error'])}")

@@ -16,7 +16,7 @@ from convsplit.model.graphs import LINEAR, FunctionalConv, Trace
 from convsplit.model.running import Call
 from convsplit.model.sharing import holders
 from convsplit.model.usage import Usage
-from convsplit.spec import ConvSpec, is_plain, nouns
+from convsplit.spec import ConvSpec, is_plain, noun
 
 POINTWISE = "1x1 kernel: already pointwise"  # a reason
 SKIPPED = "skipped as asked"  # another
@@ -219,7 +219,7 @@ def _skipped(sites: list[Site], skip: Skip, modules: dict[str, nn.Module]) -> li
             }
             if not matched:
                 names = ", ".join(site.name for site in sites[:8]) + (", ..." if len(sites) > 8 else "")
-                noun = nouns(site.spec for site in sites).removesuffix("s")
-                raise ValueError(f"skip={pattern!r} matches no {noun}; their names are {names}")
+                kind = noun(site.spec for site in sites)
+                raise ValueError(f"skip={pattern!r} matches no {kind}; their names are {names}")
             chosen |= matched
     return [replace(site, reason=SKIPPED) if site.name in chosen and site.splittable else site for site in sites]
