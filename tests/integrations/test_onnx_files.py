@@ -197,6 +197,11 @@ def inputs_and_results(**shapes: object) -> tuple[list[object], list[object]]:
     return given, [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
 
 
+def keep(path: Path, nodes: list[object], given: list[object], results: list[object], held: list[object]) -> None:
+    made = helper.make_graph(nodes, "g", given, results, held)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+
+
 def weight_of(*shape: int, name: str = "w", kind: type = np.float32) -> onnx.TensorProto:
     return numpy_helper.from_array(np.random.default_rng(0).standard_normal(shape).astype(kind), name)
 
@@ -215,9 +220,7 @@ def test_transposed_convolutions_are_split(numbers: dict[str, object], form: str
     given, results = inputs_and_results(x=["n", 8, 6, 7])
     nodes = [helper.make_node("ConvTranspose", ["x", "w", "b"], ["z"], "up", **numbers)]
     held = [weight_of(8, 6, 3, 3), weight_of(6 * numbers.get("group", 1), name="b")]
-    made = helper.make_model(helper.make_graph(nodes, "g", given, results, held),
-                             opset_imports=[helper.make_opsetid("", 13)], ir_version=8)  # fmt: skip
-    onnx.save(made, tmp_path / "up.onnx")
+    keep(tmp_path / "up.onnx", nodes, given, results, held)
     x = torch.rand(2, 8, 6, 7)
     network = files.read(tmp_path / "up.onnx")
     assert torch.allclose(network(x), outputs(tmp_path / "up.onnx", x), atol=1e-5)
@@ -232,10 +235,7 @@ def test_half_precision_stays_half(tmp_path: Path):
     given, results = ([helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape)]
                       for name, shape in (("x", ["n", 8, 9, 9]), ("z", None)))  # fmt: skip
     nodes = [helper.make_node("Conv", ["x", "w"], ["z"], "conv")]
-    graph = helper.make_graph(nodes, "g", given, results, [weight_of(12, 8, 3, 3, kind=np.float16)])
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "h.onnx"
-    )
+    keep(tmp_path / "h.onnx", nodes, given, results, [weight_of(12, 8, 3, 3, kind=np.float16)])
     images = torch.rand(8, 8, 9, 9).half()
     written = files.convert(tmp_path / "h.onnx", tmp_path / "half.onnx", forms="pw-dw", calibration=images)
     assert written.plan.split
@@ -269,10 +269,7 @@ def test_what_is_left_alone_has_a_reason(tmp_path: Path, capsys: pytest.CaptureF
         weight_of(8, 8, 3, 3), weight_of(8, 8, 3, 3, name="v"), weight_of(8, 8, 3, name="u"),
         numpy_helper.from_array(np.float32(0), "zero"), numpy_helper.from_array(np.asarray([1, 8, -1]), "shape"),
     ]  # fmt: skip
-    made = helper.make_graph(nodes, "g", given, results, held)
-    onnx.save(
-        helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "net.onnx"
-    )
+    keep(tmp_path / "net.onnx", nodes, given, results, held)
     network = files.read(tmp_path / "net.onnx")
     assert list(network.nodes) == ["first"]
     assert network.left_alone == {
