@@ -12,7 +12,12 @@ from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
 from convsplit.report.curves import Frontier, FrontierPoint
 from convsplit.report.quality import Quality, inputs_to_tell
-from convsplit.tables import Table, Tabular, changed, count, percent, ratio, share
+from convsplit.tables import Table, Tabular, changed, count, milliseconds, percent, ratio, share, times_faster
+
+WORDS = (
+    "Each row is a conversion, repaired. Parameters are those of the whole model, MACs its multiply-accumulates per "
+    "input; drift, of the output, is relative, 0.1 being a tenth of its size, and predicted before repair."
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,8 @@ class Found(Tabular):
         if self.met:
             return self
         raise ValueError(
-            f"{self.budget!r} cannot be met by converting and repairing alone. The nearest of {len(self.trials)} "
-            f"conversions: {self._verdict()}. What would help: more calibration inputs; fine-tuning, with "
-            f'then="reconstruct" or then="distill"; leaving the costliest layers dense, skip={list(self.costliest)!r}'
+            f"{self.budget!r} cannot be met by converting and repairing{'' if self.chosen.after else ' alone'}. The "
+            f"nearest of {len(self.trials)} conversions: {self._verdict()}. {self._what_would_help()}"
         )
 
     @property
@@ -94,13 +98,15 @@ class Found(Tabular):
     def table(self) -> Table:
         """One row per conversion, in the order of the search; a star marks the chosen one."""
         headings = [
-            "budget", "params", "MACs", "predicted drift", "drift", self._loss_name, "95 % interval", "s", "",
+            "budget", "params", "MACs", *(["ms"] if self._timed else []), "predicted drift", "drift", self._loss_name,
+            "95 % interval", "s", "",
         ]  # fmt: skip
-        return Table(headings, [self._row(trial) for trial in self.trials], frozenset({"budget", ""}))
+        return Table(headings, [self._row(trial) for trial in self.trials], frozenset({"budget", ""}), WORDS)
 
     def summary(self) -> str:
         """What was found, how sure that is, and what would help."""
-        return f"{self.budget!r}: {self._verdict()}\n{self._confidence()}"
+        lines = [f"{self.budget!r}: {self._verdict()}", self._confidence()]
+        return "\n".join(lines if self.met else [*lines, self._what_would_help()])
 
     def records(self) -> list[dict[str, Any]]:
         """One dict of plain values per conversion."""
@@ -110,7 +116,8 @@ class Found(Tabular):
                 "params": trial.plan.totals()["model_params_after"], "macs": trial.plan.totals()["model_macs_after"],
                 "predicted_drift": trial.predicted, "drift": trial.quality.drift, "loss": trial.quality.loss,
                 "low": trial.quality.low, "high": trial.quality.high, "value": trial.quality.value,
-                "seconds": trial.seconds, "met": trial.quality.loss <= self.limit, "chosen": trial is self.chosen,
+                "milliseconds": _milliseconds(trial)[1], "seconds": trial.seconds,
+                "met": trial.quality.loss <= self.limit, "chosen": trial is self.chosen,
             }
             for trial in self.trials
         ]  # fmt: skip
@@ -119,6 +126,10 @@ class Found(Tabular):
         """All that was tried."""
         kind = {"budget": self.budget.kind, "limit": self.limit, "inputs": self.inputs, "met": self.met}
         return json.dumps({**kind, "certain": self.certain, "trials": self.records()}, indent=1)
+
+    @property
+    def _timed(self) -> bool:
+        return any(_milliseconds(trial)[1] is not None for trial in self.trials)
 
     @property
     def _loss_name(self) -> str:
@@ -133,32 +144,56 @@ class Found(Tabular):
         star = "* chosen" if trial is self.chosen else ""
         return [
             f"{trial.budget.kind}={trial.budget.fraction:.3g}{f', {trial.after}' if trial.after else ''}",
-            count(totals["model_params_after"]), count(totals["model_macs_after"]), share(trial.predicted),
+            count(totals["model_params_after"]), count(totals["model_macs_after"]),
+            *([milliseconds(_milliseconds(trial)[1])] if self._timed else []), share(trial.predicted),
             share(quality.drift), self._loss(quality.loss), interval, f"{trial.seconds:.1f}", star,
         ]  # fmt: skip
 
     def _verdict(self) -> str:
-        quality, totals = self.chosen.quality, self.plan.totals()
+        totals, (slow, fast) = self.plan.totals(), _milliseconds(self.chosen)
         kept = ratio(totals["model_params_after"], totals["model_params_before"])
         saved = f"{kept} of the model's parameters are kept"
         if totals["model_macs_before"] and totals["model_macs_after"] is not None:
             saved += f", {ratio(totals['model_macs_after'], totals['model_macs_before'])} of its MACs"
+        if fast is not None:
+            saved += f", {milliseconds(slow)} -> {milliseconds(fast)} milliseconds ({times_faster(slow, fast)})"
+        return f"{saved}; {self._what_was_lost()}"
+
+    def _what_was_lost(self) -> str:
+        quality, allowed = self.chosen.quality, f"allowed: {self._loss(self.limit)}"
         if self.budget.kind == "agreement":
-            what = changed(1 - quality.loss)
-        elif self.budget.kind == "drift":
-            what = f"the output drifts by {share(quality.loss)} of its size"
-        else:
-            what = f"the metric is {share(quality.value)}, {share(abs(quality.loss))} "
-            what += "worse" if quality.loss > 0 else "better"
-        return f"{saved}; on {self.inputs} held-out inputs {what} (allowed: {self._loss(self.limit)})"
+            return f"measured on {self.inputs} held-out inputs, {changed(1 - quality.loss)} ({allowed})"
+        if self.budget.kind == "drift":
+            return (
+                f"on {self.inputs} held-out inputs the output drifts by {share(quality.loss)} of its size ({allowed})"
+            )
+        assert quality.value is not None
+        original = quality.value + (-quality.loss if self.budget.lower_is_better else quality.loss)
+        much = f"{share(abs(quality.loss))} {'worse' if quality.loss > 0 else 'better'}"
+        if self.budget.relative:
+            allowed += f", {percent(self.budget.fraction)} of the original's"
+        return f"the metric is {share(quality.value)} instead of {share(original)}, {much} ({allowed})"
+
+    def _what_would_help(self) -> str:
+        further = "for longer" if self.chosen.after else 'with then="reconstruct" or then="distill"'
+        return (
+            f"What would help: more calibration inputs; fine-tuning, {further}; leaving the costliest layers dense, "
+            f"skip={list(self.costliest)!r}"
+        )
 
     def _confidence(self) -> str:
         met = "met" if self.met else "missed"
+        figure = "a metric of one's own" if self.budget.kind == "metric" else "this figure"
         if self.chosen.quality.low is None:
-            return f"the target is {met}; nothing is known of the error bar of this figure"
+            return f"the target is {met}; nothing is known of the error bar of {figure}"
         if self.certain:
             return f"the target is {met}, beyond the error bar of {self.inputs} inputs"
         text = f"the target is {met}, within the error bar of {self.inputs} inputs"
         if self.budget.kind == "agreement":
             text += f"; about {inputs_to_tell(self.chosen.quality.loss, self.limit):,} would tell"
         return text
+
+
+def _milliseconds(trial: Trial) -> tuple[float | None, float | None]:
+    """Of the whole model before and after, where the plan was timed."""
+    return trial.plan.model_milliseconds or (None, None)

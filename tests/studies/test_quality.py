@@ -14,7 +14,7 @@ from convsplit import Budget
 from convsplit.data.batches import checked_batches, hold_out
 from convsplit.data.sensitivity import measure_gains
 from convsplit.report.quality import HeldOut, wilson
-from convsplit.tables import changed
+from convsplit.tables import changed, milliseconds, share
 
 QUICK = ("dw-pw", "pw-dw")
 
@@ -148,6 +148,48 @@ def test_what_cannot_be_met_says_how_near_it_came(known: Any) -> None:
     found = known.search(Budget(metric=impossible, lost=0.5), most=2)
     assert not found.met
     assert "missed" in found.summary()
+    assert 'then="distill"' in found.summary()
+    assert f"skip={list(found.costliest)!r}" in found.summary()
+    assert set(found.costliest) <= {layer.name for layer in found.plan.split}
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    tuned = known.search(Budget(metric=impossible, lost=0.5), most=1, then=nothing)
+    assert "fine-tuning, for longer" in tuned.summary()
+    with pytest.raises(ValueError, match="by converting and repairing. The nearest"):
+        tuned.checked()
+
+
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+def test_what_is_said_of_a_metric_are_its_figures_and_the_loss_that_was_allowed(
+    known: Any, relative: bool, lower: bool
+) -> None:
+    budget = Budget(metric=brightness, lost=0.05, relative=relative, lower_is_better=lower)
+    found = known.search(budget, most=1)
+    before, after = brightness(net()), found.chosen.quality.value
+    assert f"the metric is {share(after)} instead of {share(before)}" in found.summary()
+    assert ("worse" in found.summary()) == ((after > before) if lower else (after < before))
+    allowed = f"(allowed: {share(0.05 * before)}, 5.0 % of the original's)" if relative else "(allowed: 0.05)"
+    assert allowed in found.summary()
+    assert "held-out" not in found.summary()  # a metric has inputs of its own
+
+
+def test_what_is_as_fast_as_can_be_says_how_fast_that_is() -> None:
+    def by_parameters(model: nn.Module, batch: Any) -> Any:
+        milliseconds = sum(p.numel() for p in model.parameters()) / 1000
+        return lambda: milliseconds
+
+    data = list(images(48).split(24))
+    known = convsplit.study(net(), calibration=data, forms=QUICK, progress=False)
+    stopwatch = convsplit.Stopwatch(seconds=0.1, runtime=by_parameters)
+    found = known.search(Budget(drift=0.5, minimise="latency"), most=1, stopwatch=stopwatch)
+    slow, fast = found.plan.model_milliseconds
+    assert f"{milliseconds(slow)} -> {milliseconds(fast)} milliseconds" in found.summary()
+    assert "ms" in found.table().headings
+    assert found.records()[0]["milliseconds"] == fast
+    assert "ms" not in known.search(Budget(drift=0.5), most=1).table().headings
 
 
 @pytest.mark.parametrize(
@@ -185,9 +227,9 @@ def test_held_out_inputs_are_spread_and_none_is_lost() -> None:
     whole = checked_batches([([torch.randn(3, 8, 8), torch.randn(3, 9, 9)],) for _ in range(4)])  # lists of images
     kept, held = hold_out(whole, 0.5)
     assert (len(kept), len(held)) == (2, 2)
-    for share in (0.0, 1.0, 2):
+    for impossible in (0.0, 1.0, 2):
         with pytest.raises(ValueError, match="held_out"):
-            hold_out(data, share)
+            hold_out(data, impossible)
 
 
 def test_gains_predict_what_an_error_does_to_the_output() -> None:
