@@ -19,6 +19,7 @@ from convsplit.cli.sources import EXAMPLES
 from convsplit.forms import KNOWN
 from convsplit.measure.speed import PREFERENCES
 from convsplit.measure.stopwatch import Stopwatch
+from convsplit.report.found import Found
 from convsplit.runtimes import RUNTIMES
 from convsplit.studies import Study
 
@@ -90,6 +91,9 @@ def choice_arguments(parser: ArgumentParser) -> None:
         help="for --target lost=: of a model, a number; higher is better",
     )
     group.add_argument("--lower-is-better", action="store_true", help="--metric is an error or a loss")
+    group.add_argument(
+        "--relative", action="store_true", help="--target lost= is a fraction of the model's own metric"
+    )
     forms_arguments(parser)
 
 
@@ -169,6 +173,18 @@ def plan_of(args: Namespace, known: Study[nn.Module]) -> Plan:
     )  # fmt: skip
 
 
+def found_of(args: Namespace, known: Study[nn.Module]) -> Found | None:
+    """What is found for the --target of a command line, if there is one.
+
+    Raises:
+        ValueError: it cannot be met.
+    """
+    quality = quality_of(args)
+    if quality is None:
+        return None
+    return known.search(quality, prefer=args.prefer, stopwatch=Stopwatch(runtime=args.runtime)).checked()
+
+
 def quality_of(args: Namespace) -> Budget | None:
     """The budget of quality a command line asks for, if it does."""
     if args.target is None:
@@ -181,7 +197,13 @@ def quality_of(args: Namespace) -> Budget | None:
     if args.metric is None:
         args.parser.error("--target lost= is of a metric: say --metric package.module:function")
     metric = imported(args.metric, "metric", "my_package.validation:accuracy")
-    return Budget(metric=metric, lost=value, lower_is_better=args.lower_is_better, minimise=args.minimise)
+    return Budget(
+        metric=metric,
+        lost=value,
+        relative=args.relative,
+        lower_is_better=args.lower_is_better,
+        minimise=args.minimise,
+    )
 
 
 def target(text: str) -> tuple[str, float]:

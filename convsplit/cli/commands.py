@@ -7,6 +7,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from convsplit.cli.arguments import (
     calibration_argument,
     choice_arguments,
     forms_arguments,
+    found_of,
     fractions,
     input_arguments,
     inputs_of,
@@ -32,7 +34,6 @@ from convsplit.cli.arguments import (
     output_arguments,
     plan_of,
     progress_of,
-    quality_of,
     required_inputs_of,
     runtimes,
     seed_argument,
@@ -91,8 +92,7 @@ def convert(args: Namespace) -> None:
     keep = keeping(args.model, args.out)
     started = time.perf_counter()
     known = study_of(args, model_of(args), inputs_of(args))
-    quality = quality_of(args)
-    found = None if quality is None else known.search(quality, prefer=args.prefer).checked()
+    found = found_of(args, known)
     chosen = plan_of(args, known) if found is None else found.plan
     keep(known.apply(chosen) if found is None else found.model, known.example_inputs)
     seconds = time.perf_counter() - started
@@ -138,26 +138,29 @@ def _report_arguments(parser: ArgumentParser) -> None:
 def report(args: Namespace) -> None:
     """Measure what a conversion saved and how far it moved the output.
 
-    Without CONVERTED the model is converted first, as --budget and the others say.
+    Without CONVERTED the model is converted first, as --budget and the others say; with --target the page also shows
+    what was tried.
 
     example: convsplit report torchvision.models:resnet18 smaller.safetensors --input photos/ --html r.html
     """
     inputs, model = required_inputs_of(args), model_of(args)
-    converted = _converted(args, model, inputs)
+    converted, tried = _converted(args, model, inputs)
     made = compare(converted, model, inputs, time=args.time, runtime=args.runtime, progress=progress_of(args))
     for path, text in ((args.out, made.to_json), (args.markdown, made.to_markdown), (args.csv, made.to_csv)):
         if path:
             write(path, text())
     if args.html:
-        write_whole(args.html, made.to_html)
+        write_whole(args.html, partial(made.to_html, frontier=tried))
     print(made.to_json() if args.json else made.text(terminal_width()))
 
 
-def _converted(args: Namespace, model: nn.Module, inputs: list[object]) -> nn.Module:
+def _converted(args: Namespace, model: nn.Module, inputs: list[object]) -> tuple[nn.Module, Frontier | None]:
+    """The conversion that is reported, and the curve of those that were tried where a target was searched for."""
     if args.converted is not None:
-        return load(args.converted, model)
+        return load(args.converted, model), None
     known = study_of(args, model, inputs)
-    return known.apply(plan_of(args, known))
+    found = found_of(args, known)
+    return (known.apply(plan_of(args, known)), None) if found is None else (found.model, found.frontier)
 
 
 @command(

@@ -278,6 +278,32 @@ def test_plans_by_measured_time(folder: Path, capsys: pytest.CaptureFixture) -> 
     assert "pass example_inputs" in capsys.readouterr().err
 
 
+def test_a_target_of_speed_is_measured_where_the_model_will_run(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    seen = []
+
+    def search(known: object, quality: object, **choice: object) -> None:
+        seen.append(choice)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(convsplit.Study, "search", search)
+    for command in (["convert", *NET, "--out", "small.safetensors"], ["report", *NET, "--input", "4x3x9x9"]):
+        given = ["--calibrate", "8x3x9x9", "--target", "drift=0.3", "--minimise", "latency", "--runtime", "openvino"]
+        assert main([*command, *given]) == 1
+    assert [choice["stopwatch"].where.name for choice in seen] == ["openvino", "openvino"]
+
+
+def test_the_page_of_a_target_shows_what_was_tried(folder: Path) -> None:
+    pytest.importorskip("jinja2")
+    np.save("data.npy", torch.nn.functional.interpolate(torch.randn(96, 3, 4, 4), size=9).numpy())
+    call = ["report", *NET, "--calibrate", "data.npy", "--input", "data.npy", "--html", "page.html"]
+    assert main([*call, "--target", "drift=0.3"]) == 0
+    assert "chosen: Budget(params=" in (folder / "page.html").read_text()
+    assert main([*call, "--budget", "params=0.5"]) == 0
+    assert "chosen: Budget(params=" not in (folder / "page.html").read_text()
+
+
 def test_a_target_is_searched_for(folder: Path, capsys: pytest.CaptureFixture) -> None:
     data = torch.nn.functional.interpolate(torch.randn(96, 3, 4, 4), size=9).numpy()
     np.save("data.npy", data)
@@ -289,7 +315,14 @@ def test_a_target_is_searched_for(folder: Path, capsys: pytest.CaptureFixture) -
     (folder / "cli_metric.py").write_text("def fit(model):\n    return -float(model[0].weight.abs().max())\n")
     scored = [*call, "--target", "lost=0.1", "--metric", "cli_metric:fit", "--json"]
     assert main(scored) == 0
-    assert json.loads(capsys.readouterr().out)["search"]["budget"] == "metric"
+    told = json.loads(capsys.readouterr().out)["search"]
+    assert (told["budget"], told["limit"]) == ("metric", 0.1)
+    (folder / "cli_error.py").write_text("def error(model):\n    return float(model[0].weight.abs().max())\n")
+    own = ["--target", "lost=0.1", "--metric", "cli_error:error", "--lower-is-better", "--relative", "--json"]
+    assert main([*call, *own]) == 0
+    told = json.loads(capsys.readouterr().out)["search"]
+    assert told["limit"] == pytest.approx(0.1 * float(net()[0].weight.abs().max()))
+    assert all(trial["value"] for trial in told["trials"])
     assert main([*call, "--target", "lost=0.1"]) == 2
     assert main([*call, "--target", "speed=0.1"]) == 2
     assert main([*call, "--metric", "cli_metric:fit"]) == 2
