@@ -11,7 +11,7 @@ from torch import nn
 from convsplit.choose.budget import Budget
 from convsplit.choose.plan import Plan
 from convsplit.report.curves import Frontier, FrontierPoint
-from convsplit.report.quality import Quality, inputs_to_tell
+from convsplit.report.quality import Quality, inputs_to_narrow, inputs_to_tell
 from convsplit.tables import Table, Tabular, changed, count, milliseconds, percent, ratio, share, times_faster
 
 WORDS = (
@@ -188,10 +188,17 @@ class Found(Tabular):
             return f"the target is {met}; nothing is known of the error bar of {figure}"
         if self.certain:
             return f"the target is {met}, beyond the error bar of {self.inputs} inputs"
-        text = f"the target is {met}, within the error bar of {self.inputs} inputs"
+        return f"the target is {met}, within the error bar of {self.inputs} inputs; about {self._enough:,} would tell"
+
+    @property
+    def _enough(self) -> int:
+        """Inputs with which the error bar would end at the limit, were the loss the one that was measured."""
+        quality = self.chosen.quality
+        assert quality.low is not None
+        assert quality.high is not None
         if self.budget.kind == "agreement":
-            text += f"; about {inputs_to_tell(self.chosen.quality.loss, self.limit):,} would tell"
-        return text
+            return inputs_to_tell(quality.loss, self.limit)
+        return inputs_to_narrow(self.inputs, (quality.high - quality.low) / 2, abs(quality.loss - self.limit))
 
 
 def _milliseconds(trial: Trial) -> tuple[float | None, float | None]:

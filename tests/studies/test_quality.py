@@ -13,7 +13,7 @@ import convsplit
 from convsplit import Budget
 from convsplit.data.batches import checked_batches, hold_out
 from convsplit.data.sensitivity import measure_gains
-from convsplit.report.quality import HeldOut, wilson
+from convsplit.report.quality import HeldOut, inputs_to_narrow, wilson
 from convsplit.tables import changed, milliseconds, share
 
 QUICK = ("dw-pw", "pw-dw")
@@ -54,6 +54,19 @@ def test_drift_is_met_on_inputs_that_were_held_out(known: Any, minimise: str) ->
     assert found.plan.totals()["model_params_after"] < found.plan.totals()["model_params_before"]
     _, held = hold_out(known.batches, 1 / 3)
     assert convsplit.compare(found.model, net(), held).drift.relative == pytest.approx(found.chosen.quality.drift)
+
+
+def test_so_many_inputs_as_are_said_to_tell_do(known: Any) -> None:
+    """With them, drawn anew, the error bar of the same conversion ends where the limit is, about."""
+    model, converted = net(), known.convert(Budget(params=0.5))
+    few = HeldOut(model, [images(40, seed=5)], None, Budget(drift=0.1)).measure(converted)
+    distance = (few.high - few.low) / 6
+    count = inputs_to_narrow(40, (few.high - few.low) / 2, distance)
+    assert count == 360
+    more = HeldOut(model, [images(count, seed=6)], None, Budget(drift=0.1)).measure(converted)
+    assert (more.high - more.low) / 2 == pytest.approx(distance, rel=0.35)
+    found = known.search(Budget(drift=1.1 * few.drift), most=1)
+    assert found.certain or "would tell" in found.summary()
 
 
 def test_looser_targets_keep_less(known: Any) -> None:
