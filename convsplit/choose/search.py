@@ -18,8 +18,10 @@ import numpy as np
 
 MOST = 5  # conversions
 AIM = 0.9  # of the limit
+CLOSER = 0.97  # likewise, once a conversion has met it, so that the line to the limit is known
 NEAR = 0.02  # fractions this close, relatively, are not told apart
 WORTH = 1.05  # of what is known to be too little: nearer to that, another conversion gains too little
+STEP = 1.08  # less than what is known to be enough, where nothing says that much less would be
 REPAIRED = 0.5  # measured over predicted drift, as far as nothing was measured yet
 SLOPES = (0.3, 3.0)  # between which that of measured against predicted drift is believed
 NEXT_TO_NOTHING = 1e-9
@@ -125,14 +127,17 @@ def _next(points: Sequence[Point], predicted: Predicted, loss: Loss, last: bool)
     missed = [point.fraction for point, lost in believed if lost > loss.limit]
     least, most = min(predicted.fractions), max(predicted.fractions)
     low, high = max(missed, default=least), min(met, default=most)
-    aim = AIM * loss.limit if met or not last else AIM * loss.limit / 2  # the last one should be one that can be had
+    aim = loss.limit * (CLOSER if met and not loss.counted else AIM)
+    if last and not met:
+        aim /= 2  # the last one should be one that can be had
     guess = predicted.fraction(_prediction_for(loss.drift_for(aim, points), points, predicted))
     guess = min(max(guess, least), most)
     between = guess < high * (1 - NEAR) and (not missed or guess > low * (1 + NEAR))
     if met and not between and (loss.counted or not missed):
         return None
     if missed and not between:
-        guess = math.sqrt(low * high)  # between what is known to be too little and what is known to be enough
+        middle = math.sqrt(low * high)  # between what is known to be too little and what is known to be enough
+        guess = max(middle, high / STEP) if met and guess > low else middle
     if missed and met and high < low * WORTH:
         return None
     if any(abs(guess / point.fraction - 1) < NEAR / 2 for point in points):
