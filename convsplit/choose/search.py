@@ -127,6 +127,8 @@ def _next(points: Sequence[Point], predicted: Predicted, loss: Loss, last: bool)
     missed = [point.fraction for point, lost in believed if lost > loss.limit]
     least, most = min(predicted.fractions), max(predicted.fractions)
     low, high = max(missed, default=least), min(met, default=most)
+    if any(CLOSER * loss.limit <= lost <= loss.limit for point, lost in believed if point.fraction == high):
+        return None  # as near to the limit as the search would aim
     aim = loss.limit * (CLOSER if met and not loss.counted else AIM)
     if last and not met:
         aim /= 2  # the last one should be one that can be had

@@ -47,6 +47,11 @@ def test_what_seems_small_enough_is_not_halved_to_be_sure() -> None:
     assert all(fraction > 0.3 for fraction in tried[1:])
 
 
+def test_what_is_at_the_limit_ends_the_search() -> None:
+    tried = cheapest(lambda f: Point(f, 0.98 * 0.2, 0.98 * 0.2), predicted(), Loss(0.2, float))
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("inputs", [200, 1000])
 def test_counted_losses_are_met_by_what_was_measured(seed: int, inputs: int) -> None:
