@@ -42,8 +42,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56], help="of the ResNets in NETWORKS.py")
 
 
-def subjects(arguments: Namespace) -> Iterator[Subject]:
-    """Those asked for.
+def subjects(arguments: Namespace, photos: int = 64) -> Iterator[Subject]:
+    """Those asked for, with so many photos to calibrate with where photos are few.
 
     NETWORKS.py defines `resnet(depth)`, a trained network in eval mode, and `cifar10()`, which returns training images
     and labels, test images and labels; or `inception_v3()` and `photos(count, start)`, which need no labels.
@@ -58,7 +58,7 @@ def subjects(arguments: Namespace) -> Iterator[Subject]:
             for depth in arguments.depths:
                 yield Subject(f"ResNet-{depth}", networks.resnet(depth), unlabelled, images, labels)
         else:
-            yield _inception(networks)
+            yield _inception(networks, min(photos, 96))
 
 
 def digits() -> Subject:
@@ -70,7 +70,7 @@ def digits() -> Subject:
     return Subject("digits", example.trained(), unlabelled, images, labels)
 
 
-def _inception(networks: ModuleType, calibration: int = 64, count: int = 100) -> Subject:
+def _inception(networks: ModuleType, calibration: int, count: int = 100) -> Subject:
     model, images = networks.inception_v3(), networks.photos(count, calibration)
     return Subject("InceptionV3", model, networks.photos(calibration), images, answers(model, images).argmax(1))
 
