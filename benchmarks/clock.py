@@ -1,9 +1,11 @@
-"""Seconds of one call."""
+"""Seconds of one call, and an end to those that take too many."""
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,3 +25,26 @@ def timed(run: Callable[[], T]) -> Timed[T]:
     start, busy = time.perf_counter(), time.process_time()
     result = run()
     return Timed(result, time.perf_counter() - start, time.process_time() - busy)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Stops what takes longer, in seconds of the processors; on systems without such an alarm nothing is stopped.
+
+    Raises:
+        TimeoutError: in what runs, between two operations.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds:g} s of the processor")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -28,6 +28,7 @@ class Subject:
     unlabelled: Tensor
     images: Tensor
     labels: Tensor
+    labelled: bool = True
 
     def calibration(self, count: int, seed: int) -> list[Tensor]:
         """Batches of so many training images."""
@@ -72,7 +73,9 @@ def digits() -> Subject:
 
 def _inception(networks: ModuleType, calibration: int, count: int = 100) -> Subject:
     model, images = networks.inception_v3(), networks.photos(count, calibration)
-    return Subject("InceptionV3", model, networks.photos(calibration), images, answers(model, images).argmax(1))
+    return Subject(
+        "InceptionV3", model, networks.photos(calibration), images, answers(model, images).argmax(1), False
+    )
 
 
 def load_networks(path: str) -> ModuleType:

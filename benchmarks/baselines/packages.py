@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace as with_fields
-from importlib.util import find_spec
 
 import tensorly as tl
 import torch
@@ -111,7 +110,3 @@ def torchao_int8(model: nn.Module, images: list[Tensor]) -> nn.Module:
         for each in images:
             prepared(each)
     return move_exported_model_to_eval(convert_pt2e(prepared))
-
-
-def installed(package: str) -> bool:
-    return find_spec(package) is not None

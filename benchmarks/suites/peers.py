@@ -6,8 +6,10 @@ Budgets are of the convolutions larger than 1x1. Factorisations get the same par
 methods do unless somebody searches with labels; pruning, and what takes a part to remove, removes the least with which
 the whole model has no more MACs (parameters) than it would have then. "recalibrated" is the accuracy lost after batch
 norm was recalibrated with the images that convsplit repairs with, the repair without labels that suits every method.
-Baselines are in benchmarks/baselines/, packages are called as their documentation says and left out where they are not
-installed. Times are medians of the processor's own, all models in turns, dense first.
+"drift of features" is that of what the first linear layer reads, a finer measure than a few logits. Where nobody has
+labelled the images, there is no accuracy. Baselines are in benchmarks/baselines/, packages are called as their
+documentation says. What a way cannot do is said in its row. Times are medians of the processor's own, all models in
+turns, dense first.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy
@@ -28,9 +30,9 @@ from torch.fx import GraphModule
 import convsplit
 from benchmarks.baselines import packages
 from benchmarks.baselines.sequences import BASELINES, Baseline, Chain, convolutions, cost, split_equally
-from benchmarks.clock import timed
+from benchmarks.clock import at_most, timed
 from benchmarks.figures import QUALITY, compared
-from benchmarks.results import COUNT, FASTER, POINTS, Sheet
+from benchmarks.results import COUNT, DRIFT, FASTER, Sheet
 from benchmarks.subjects import Subject, add_options, answers, subjects
 from convsplit import Budget
 from convsplit.cli.arguments import budget as budget_of
@@ -40,15 +42,16 @@ from convsplit.runtimes.base import Run
 from convsplit.tables import Table, milliseconds, ratio, times_faster
 
 EAGER, ONNX = "torch", "onnxruntime"
+INT8 = "torchao, int8, compiled"
 KEYS = ["budget", "way"]
+SIZES = ["parameters kept", "MACs kept", "bytes kept"]
+ANSWERS = {**QUALITY, "drift of features": DRIFT}
+AGAIN = {f"recalibrated: {name}": ANSWERS[name] for name in ("points lost", "drift", "drift of features")}
+TIMES = ["eager ms", "eager, faster", "ONNX Runtime ms", "ONNX Runtime, faster"]
 KINDS = {
-    "parameters kept": COUNT, "MACs kept": COUNT, "bytes kept": COUNT, **QUALITY, "recalibrated: points lost": POINTS,
-    "eager, faster": FASTER, "ONNX Runtime, faster": FASTER,
+    **dict.fromkeys(SIZES, COUNT), **ANSWERS, **AGAIN, "eager, faster": FASTER, "ONNX Runtime, faster": FASTER,
 }  # fmt: skip
-HEADINGS = [
-    *KEYS, "parameters kept", "MACs kept", "bytes kept", *QUALITY, "recalibrated: points lost", "eager ms",
-    "eager, faster", "ONNX Runtime ms", "ONNX Runtime, faster", "CPU s",
-]  # fmt: skip
+HEADINGS = [*KEYS, *SIZES, *ANSWERS, *AGAIN, *TIMES, "CPU s", "cannot"]
 
 
 @dataclass(frozen=True)
@@ -102,28 +105,23 @@ def decomposed(method: str, task: Task) -> nn.Module:
 
 
 def ways() -> dict[str, Way]:
-    """Those whose packages are installed; convsplit's first."""
+    """convsplit's first."""
     found: dict[str, Way] = {"convsplit": converted, "convsplit, repaired": repaired}
-    found |= {baseline.name: partial(factorised, baseline) for baseline in BASELINES}
-    if packages.installed("tltorch"):
-        found |= {baseline.name: partial(factorised, baseline) for baseline in packages.tensorly_torch()}
-    if packages.installed("torch_pruning"):
-        found["torch-pruning, channels"] = pruned
-    if packages.installed("fasterai"):
-        found |= {f"fasterai, {method}": partial(decomposed, method) for method in ("tucker", "svd", "spatial", "cp")}
+    found |= {each.name: partial(factorised, each) for each in (*BASELINES, *packages.tensorly_torch())}
+    found["torch-pruning, channels"] = pruned
+    found |= {f"fasterai, {method}": partial(decomposed, method) for method in ("tucker", "svd", "spatial", "cp")}
+    found[INT8] = lambda task: packages.torchao_int8(task.subject.model, task.data)
     return found
-
-
-INT8 = "torchao, int8, compiled"
 
 
 def options(parser: ArgumentParser) -> None:
     add_options(parser)
     parser.add_argument("--budgets", type=budget_of, nargs="+", default=[Budget(macs=0.5), Budget(macs=0.25)])
-    parser.add_argument("--ways", nargs="+", default=[*ways(), INT8], help="parts of their names")
+    parser.add_argument("--ways", nargs="+", default=list(ways()), help="parts of their names")
     parser.add_argument("--calibration", type=int, default=512, help="unlabelled images")
     parser.add_argument("--batch", type=int, default=64, help="of what is timed")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the times of each budget and runtime")
+    parser.add_argument("--limit", type=float, default=900.0, help="CPU seconds that a way may take")
     parser.add_argument("--runtimes", nargs="*", default=[EAGER, ONNX], choices=[EAGER, ONNX])
 
 
@@ -140,46 +138,44 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
         rows = []
         for budget in arguments.budgets:
             rows += of_budget(subject, budget, arguments)
-        sources = "; ".join(f"{baseline.name}: {baseline.source}" for baseline in BASELINES)
-        notes = (
-            f"{len(subject.images)} test images, 95 % intervals; {arguments.calibration} images without labels; times "
-            f"at batch {min(arguments.batch, len(subject.images))}, one thread. {sources}."
+        yield Sheet(
+            subject.name, Table(HEADINGS, rows, frozenset({*KEYS, "cannot"})), KEYS, KINDS, notes(subject, arguments)
         )
-        yield Sheet(subject.name, Table(HEADINGS, rows, frozenset(KEYS)), KEYS, KINDS, notes)
+
+
+def notes(subject: Subject, arguments: Namespace) -> str:
+    shown = [each for each in BASELINES if any(part in each.name for part in arguments.ways)]
+    sources = "; ".join(f"{each.name}: {each.source}" for each in shown)
+    calibration = min(arguments.calibration, len(subject.unlabelled))
+    times = f" times at batch {min(arguments.batch, len(subject.images))}, one thread;" if arguments.runtimes else ""
+    return (
+        f"{len(subject.images)} test images, 95 % intervals; {calibration} images without labels;{times} {sources}."
+    )
 
 
 @dataclass
 class Candidate:
-    """A model, and the cells of its row that are known."""
+    """A model, or None, the cells of its row that are known, and what it cannot do."""
 
     way: str
-    model: nn.Module
-    quality: list[str]
-    recalibrated: str = "-"
+    model: nn.Module | None
+    quality: list[str] = field(default_factory=lambda: ["-"] * len(ANSWERS))
+    again: list[str] = field(default_factory=lambda: ["-"] * len(AGAIN))
     seconds: str = ""
+    cannot: list[str] = field(default_factory=list)
 
 
 def of_budget(subject: Subject, budget: Budget, arguments: Namespace) -> list[list[str]]:
     """The rows of a budget, the dense network first."""
     task = Task(subject, subject.calibration(arguments.calibration, seed=0), budget)
-    dense = answers(subject.model, subject.images)
-
-    def quality(model: nn.Module) -> list[str]:
-        return compared(dense, answers(model, subject.images), subject.labels).cells()
-
-    found = [Candidate("dense", subject.model, quality(subject.model))]
+    meter = Meter(subject)
+    found = [Candidate("dense", subject.model, meter.cells(subject.model))]
     for name, way in ways().items():
         if any(part in name for part in arguments.ways):
-            torch.manual_seed(0)
-            numpy.random.seed(0)
-            work = timed(lambda: way(task))  # noqa: B023
-            own = Candidate(name, work.result, quality(work.result), seconds=f"{work.cpu:.1f}")
-            if name != "convsplit, repaired":
-                own.recalibrated = _recalibrated(work.result, task, quality)
+            own = candidate(name, way, task, meter, arguments.limit)
             found.append(own)
-            print(subject.name, budget, name, own.quality, own.recalibrated, own.seconds, file=sys.stderr, flush=True)
-    if any(part in INT8 for part in arguments.ways) and packages.installed("torchao"):
-        found.append(_eight_bits(task, quality))
+            known = [*own.quality, *own.again, own.seconds, *own.cannot]
+            print(subject.name, budget, name, known, file=sys.stderr, flush=True)
     images = subject.images[: arguments.batch]
     times = {runtime: times_of(found, images, runtime, arguments.seconds) for runtime in arguments.runtimes}
     shown = f"{budget.kind}={budget.fraction:g}"
@@ -187,20 +183,74 @@ def of_budget(subject: Subject, budget: Budget, arguments: Namespace) -> list[li
             for index, each in enumerate(found)]  # fmt: skip
 
 
+def candidate(name: str, way: Way, task: Task, meter: Meter, limit: float) -> Candidate:
+    """What a way makes of the network, or why it makes nothing; errors of convsplit are raised."""
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    try:
+        with at_most(limit):
+            work = timed(lambda: way(task))
+        quality = meter.cells(work.result)
+    except Exception as error:
+        if name.startswith("convsplit"):
+            raise
+        return Candidate(name, None, cannot=[_told(error)])
+    again = ["-"] * len(AGAIN)
+    if name not in ("convsplit, repaired", INT8):
+        cells = dict(zip(ANSWERS, meter.cells(_recalibrated(work.result, task.data)), strict=True))
+        again = [cells[heading.removeprefix("recalibrated: ")] for heading in AGAIN]
+    return Candidate(name, work.result, quality, again, f"{work.cpu:.1f}")
+
+
+def _told(error: Exception) -> str:
+    """The first line, short and fit for a cell."""
+    first = next(iter(str(error).splitlines()), "").replace("|", "/").strip()
+    return f"{type(error).__name__}: {first[:90]}"
+
+
+class Meter:
+    """Answers of a network against those of the dense one, on the test images."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.logits, self.features = read(subject.model, subject.images)
+
+    def cells(self, model: nn.Module) -> list[str]:
+        """In the order of `ANSWERS`."""
+        logits, features = read(model, self.subject.images)
+        known = dict(zip(QUALITY, compared(self.logits, logits, self.subject.labels).cells(), strict=True))
+        if not self.subject.labelled:
+            known |= {"accuracy": "-", "points lost": "-"}
+        return [*known.values(), self._drift(features)]
+
+    def _drift(self, features: Tensor | None) -> str:
+        if self.features is None or features is None or features.shape != self.features.shape:
+            return "-"  # fewer channels, or no such layer
+        return f"{float((features - self.features).norm() / self.features.norm()):.3f}"
+
+
+def read(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The outputs, and what the first linear layer reads."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
+    if first is None:
+        return answers(model, images), None
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        return answers(model, images), torch.cat(seen)
+    finally:
+        hook.remove()
+
+
 def _both(times: dict[str, list[float | None]], count: int) -> list[list[float | None]]:
     return [times.get(runtime, [None] * count) for runtime in (EAGER, ONNX)]
 
 
-def _recalibrated(model: nn.Module, task: Task, quality: Callable[[nn.Module], list[str]]) -> str:
-    """Points lost after batch norm was recalibrated with the unlabelled images."""
+def _recalibrated(model: nn.Module, data: list[Tensor]) -> nn.Module:
+    """A copy with batch norm recalibrated on the unlabelled images."""
     model = copy.deepcopy(model)
-    convsplit.repair.recalibrate(model, task.data, progress=False)
-    return quality(model)[list(QUALITY).index("points lost")]
-
-
-def _eight_bits(task: Task, quality: Callable[[nn.Module], list[str]]) -> Candidate:
-    work = timed(lambda: packages.torchao_int8(task.subject.model, task.data))
-    return Candidate(INT8, work.result, quality(work.result), seconds=f"{work.cpu:.1f}")
+    convsplit.repair.recalibrate(model, data, progress=False)
+    return model
 
 
 def times_of(found: list[Candidate], images: Tensor, runtime: str, seconds: float) -> list[float | None]:
@@ -214,14 +264,14 @@ def times_of(found: list[Candidate], images: Tensor, runtime: str, seconds: floa
 
 
 def _prepared(candidate: Candidate, images: Tensor, runtime: str) -> Run | None:
+    if candidate.model is None or (candidate.way == INT8 and runtime != EAGER):
+        return None
     try:
-        if candidate.way != INT8:
-            return runtime_of(runtime).prepare(candidate.model, images)
-        return _compiled(candidate.model, images) if runtime == EAGER else None
+        if candidate.way == INT8:
+            return _compiled(candidate.model, images)
+        return runtime_of(runtime).prepare(candidate.model, images)
     except Exception as error:  # whatever an exporter or compiler raises, the model does not run there
-        print(
-            f"{candidate.way} in {runtime}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr, flush=True
-        )
+        candidate.cannot.append(f"{runtime}: {_told(error)}")
         return None
 
 
@@ -240,18 +290,20 @@ def _compiled(model: nn.Module, images: Tensor) -> Run:
 
 
 def _row(budget: str, own: Candidate, task: Task, times: list[tuple[float | None, float | None]]) -> list[str]:
-    dense = task.subject.model
-    kept = ["100.0 %", "100.0 %"]
-    if own.way != INT8:
-        kept = [
-            ratio(packages.parameters(own.model), packages.parameters(dense)),
-            ratio(packages.multiply_adds(own.model, task.image), packages.multiply_adds(dense, task.image)),
-        ]
     shown = [cell for before, now in times for cell in (milliseconds(now), times_faster(before, now))]
-    return [
-        budget, own.way, *kept, ratio(_bytes(own.model), _bytes(dense)), *own.quality, own.recalibrated, *shown,
-        own.seconds,
-    ]  # fmt: skip
+    return [budget, own.way, *_kept(own, task), *own.quality, *own.again, *shown, own.seconds, "; ".join(own.cannot)]
+
+
+def _kept(own: Candidate, task: Task) -> list[str]:
+    """In the order of `SIZES`."""
+    if own.model is None:
+        return ["-"] * len(SIZES)
+    dense = task.subject.model
+    held = ratio(_bytes(own.model), _bytes(dense))
+    if own.way == INT8:  # as many as before, of a quarter of the bits
+        return ["100.0 %", "100.0 %", held]
+    multiply_adds = (packages.multiply_adds(model, task.image) for model in (own.model, dense))
+    return [ratio(packages.parameters(own.model), packages.parameters(dense)), ratio(*multiply_adds), held]
 
 
 def _bytes(model: nn.Module) -> int:
