@@ -105,3 +105,11 @@ def test_doctests_are_fenced_up_to_the_next_blank_line() -> None:
     told = "Says.\n\n>>> a[0]\n[1, 2]\n>>> b\n3\n\nThen more."
     assert fenced(told) == "Says.\n\n```pycon\n>>> a[0]\n[1, 2]\n>>> b\n3\n```\n\nThen more."
     assert fenced("Nothing to run: a > b.") == "Nothing to run: a > b."
+
+
+def test_version_and_date_of_the_release_are_the_same_everywhere() -> None:
+    changelog, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    version, date = re.search(r"^## (\d\S+) - (\S+)$", changelog, re.MULTILINE).groups()
+    assert version == convsplit.__version__
+    assert re.findall(r"^(?:version|date-released): (\S+)$", citation, re.MULTILINE) == [version, date]
+    assert (ROOT / "docs" / "releases" / f"{version}.md").exists()
