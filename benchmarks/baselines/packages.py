@@ -29,13 +29,26 @@ def parameters(model: nn.Module) -> int:
 
 
 def least_removed(smaller: Smaller, spent: Callable[[nn.Module], int], limit: float) -> nn.Module:
-    """The model with the least removed that spends no more; what a package offers is a part to remove, not a budget."""
-    low, high = 0, STEPS  # in parts of STEPS
+    """The model with the least removed that spends no more; what a package offers is a part to remove, not a budget.
+
+    Parts at which the package fails on this network are passed over.
+    """
+
+    def fits(part: int) -> bool:
+        try:
+            return spent(smaller(_part(part))) <= limit
+        except RuntimeError:
+            return False
+
+    low, high = 0, STEPS
     while low < high:
         middle = (low + high) // 2
-        fits = spent(smaller(min(middle / STEPS, 0.98))) <= limit
-        low, high = (low, middle) if fits else (middle + 1, high)
-    return smaller(min(low / STEPS, 0.98))
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return smaller(_part(low))
+
+
+def _part(steps: int) -> float:
+    return min(steps / STEPS, 0.98)
 
 
 def tensorly_torch() -> tuple[Baseline, ...]:

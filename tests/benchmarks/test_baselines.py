@@ -84,6 +84,13 @@ def test_the_least_is_removed(model: nn.Module) -> None:
 
     assert packages.parameters(packages.least_removed(widths, packages.parameters, 500)) == 500
 
+    def often(part: float) -> nn.Module:
+        if part == 0.5:
+            raise RuntimeError("sizes do not match")
+        return widths(part)
+
+    assert packages.parameters(packages.least_removed(often, packages.parameters, 500)) == 470
+
 
 @pytest.mark.filterwarnings("ignore:Trying to compute SVD")
 @pytest.mark.parametrize("package", ["tltorch", "torch_pruning", "fasterai"])
