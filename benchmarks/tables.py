@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import dropwhile, takewhile
 
-from benchmarks.results import Result, Sheet
+from benchmarks.results import STORED, Result, Sheet
 from convsplit.tables import Table
 
 
@@ -12,6 +13,22 @@ def whole(results: dict[str, Result], name: str) -> str:
     """All sheets of one result, and what they were measured with."""
     sheets = (f"**{sheet.title}**\n\n{_told(sheet.table)}\n\n{sheet.notes}".strip() for sheet in results[name].sheets)
     return "\n\n".join([results[name].conditions(), *sheets])
+
+
+def sheet(results: dict[str, Result], argument: str) -> str:
+    """One sheet of a result and its notes, `FILE TITLE`."""
+    name, _, title = argument.partition(" ")
+    (found,) = (each for each in results[name].sheets if each.title == title)
+    return f"{_told(found.table)}\n\n{found.notes}".strip()
+
+
+def kept(results: dict[str, Result], argument: str) -> str:
+    """The first table under a heading of a page of results that is no JSON, `FILE HEADING`, as it stands there."""
+    name, _, heading = argument.partition(" ")
+    lines = (STORED / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.lstrip("#") == f" {heading}")
+    rows = dropwhile(lambda line: not line.startswith("|"), lines[start:])
+    return "\n".join(takewhile(lambda line: line.startswith("|"), rows))
 
 
 def _told(table: Table) -> str:
@@ -48,8 +65,8 @@ def short(results: dict[str, Result], argument: str) -> str:
 def losses(results: dict[str, Result], argument: str) -> str:
     """Where another way beats convsplit's repaired one: by which figure, and by how much."""
     better = {
-        "points lost": min, "recalibrated: points lost": min, "eager, faster": max, "ONNX Runtime, faster": max,
-        "CPU s": min,
+        "points lost": min, "recalibrated: points lost": min, "drift of features": min,
+        "recalibrated: drift of features": min, "eager, faster": max, "ONNX Runtime, faster": max, "CPU s": min,
     }  # fmt: skip
     rows = []
     for name in argument.split(" "):
@@ -57,8 +74,8 @@ def losses(results: dict[str, Result], argument: str) -> str:
             for budget in dict.fromkeys(cells["budget"] for cells in _records(sheet)):
                 own, others = _at(sheet, budget)
                 for heading, best in better.items():
-                    ours = own["points lost" if heading.startswith("recalibrated") else heading]
-                    ahead = [way for way in others if _beats(way[heading], ours, best)]
+                    ours = own.get(heading.removeprefix("recalibrated: "), "-")
+                    ahead = [way for way in others if _beats(way.get(heading, "-"), ours, best)]
                     if ahead:
                         first = best(ahead, key=lambda way: _value(way[heading]))
                         rows.append([sheet.title, budget, heading, ours, f"{first['way']}: {first[heading]}",
@@ -83,6 +100,22 @@ def drifts(results: dict[str, Result], name: str) -> str:
     rows = [[_percent(cells["kept"]), cells["drift"], cells["agreement"], cells["points lost"]]
             for cells in _records(results[name].sheets[0])]  # fmt: skip
     return Table(["weights kept", "output drift", "same top-1 class", "points lost"], rows, frozenset()).markdown()
+
+
+def ways_back(results: dict[str, Result], argument: str) -> str:
+    """Points of accuracy lost on each way back, means over seeds, of every run of the suite of finetuning so far."""
+    from benchmarks.suites import finetuning
+
+    shown = ["converted, no data", "refitted", "refitted, distilled", "from scratch, labels"]
+    table = finetuning.table(finetuning.known())
+    lost: dict[tuple[str, str], dict[str, str]] = {}
+    for row in table.rows:
+        cells = dict(zip(table.headings, row, strict=True))
+        seeds = len(cells["by seed"].split())
+        of = f"{cells['points lost']} ({seeds})" if seeds > 1 else cells["points lost"]
+        lost.setdefault((cells["network"], _percent(cells["kept"])), {})[cells["way"]] = of
+    rows = [[*case, *(row.get(way, "-") for way in shown)] for case, row in lost.items()]
+    return Table(["network", "kept", *shown], rows, frozenset({"network"})).markdown()
 
 
 def _percent(fraction: str) -> str:
@@ -115,6 +148,6 @@ def _beats(theirs: str, ours: str, best: Callable[..., float]) -> bool:
 
 
 TABLES: dict[str, Callable[[dict[str, Result], str], str]] = {
-    "whole": whole, "short": short, "losses": losses, "points": points, "drifts": drifts,
-    "conditions": conditions,
+    "whole": whole, "sheet": sheet, "kept": kept, "short": short, "losses": losses, "points": points, "drifts": drifts,
+    "ways_back": ways_back, "conditions": conditions,
 }  # fmt: skip
