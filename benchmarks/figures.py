@@ -31,7 +31,7 @@ class Quality:
     @property
     def lost(self) -> str:
         """Points of accuracy, against the dense network."""
-        return f"{self.points:.2f}"
+        return f"{round(self.points, 2) + 0.0:.2f}"  # no minus before nothing
 
     @property
     def agreement(self) -> str:

@@ -1,6 +1,6 @@
 """convsplit beside what one would use instead: same weights, inputs, budgets and threads, in one run.
 
-    python -m benchmarks peers [NETWORKS.py ...] [--depths 20] [--budgets macs=0.5 macs=0.25 params=0.25] [--ways ...]
+    python -m benchmarks peers [NETWORKS.py] [--depths 20] [--budgets macs=0.5 macs=0.25 params=0.25] [--ways ...]
 
 Budgets are of the convolutions larger than 1x1. Factorisations get the same part in every layer, which is what these
 methods do unless somebody searches with labels; pruning, and what takes a part to remove, removes the least with which
@@ -19,7 +19,7 @@ import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy
@@ -119,6 +119,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--budgets", type=budget_of, nargs="+", default=[Budget(macs=0.5), Budget(macs=0.25)])
     parser.add_argument("--ways", nargs="+", default=list(ways()), help="parts of their names")
     parser.add_argument("--calibration", type=int, default=512, help="unlabelled images")
+    parser.add_argument("--images", type=int, help="of the test images only so many")
     parser.add_argument("--batch", type=int, default=64, help="of what is timed")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the times of each budget and runtime")
     parser.add_argument("--limit", type=float, default=900.0, help="CPU seconds that a way may take")
@@ -134,7 +135,8 @@ QUICK = {
 def measure(arguments: Namespace) -> Iterator[Sheet]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for subject in subjects(arguments):
+    for whole in subjects(arguments):
+        subject = replace(whole, images=whole.images[: arguments.images], labels=whole.labels[: arguments.images])
         rows = []
         for budget in arguments.budgets:
             rows += of_budget(subject, budget, arguments)
