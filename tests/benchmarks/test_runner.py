@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("sklearn")
 
 from benchmarks import __main__ as runner  # noqa: E402
+from benchmarks.figures import Quality, compared  # noqa: E402
 from benchmarks.results import COUNT, Result, Sheet, number  # noqa: E402
 from convsplit.tables import Table  # noqa: E402
 
@@ -65,6 +67,12 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 )
 def test_a_cell_begins_with_its_number(cell: str, value: float | None) -> None:
     assert number(cell) == pytest.approx(value)
+
+
+def test_losing_nothing_has_no_sign() -> None:
+    right, logits = torch.tensor([0, 1, 2]), torch.eye(3)
+    assert compared(logits, logits.clone(), right).lost == "0.00"
+    assert Quality(90.0, 85.0, 94.0, -1e-6, 100.0, 0.0).lost == "0.00"
 
 
 def test_the_command_line_lists_suites_and_refuses_others() -> None:
