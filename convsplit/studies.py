@@ -370,7 +370,7 @@ class Study(Tabular, Generic[M]):
         return converted
 
     def _repaired(self, converted: M, plan: Plan) -> M:
-        if self.batches is not None and not _is_exact(plan):
+        if self.batches is not None and plan.split and not _is_exact(plan):
             refit(converted, self.model, self.batches, forward=self.forward, seed=self.seed, progress=self.progress)
         return converted
 

@@ -107,6 +107,9 @@ def refit(
     Returns:
         for each repaired layer, the relative squared error of what the model passes on, before and after.
 
+    Warns:
+        ConversionWarning: nothing is repaired, or not all of it: no split layers, random outputs, `seconds` are over.
+
     Raises:
         ValueError: no batches, NaN or infinite values in a batch or inside the model, an unknown `stages` or `target`,
             an original that `converted` cannot come from.
@@ -129,6 +132,9 @@ def refit(
     check_order(converted, original, "refit(converted, original, batches)")
     data = checked_batches(batches)
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, SeparableConv)}
+    if not layers:
+        warn(f"refit repairs split layers, of which {type(converted).__name__} has none: it is left as it is")
+        return ()
     ridge = _ridge(data) if ridge is None else ridge
     original = scratch_copy(original)
     modules = dict(original.named_modules())

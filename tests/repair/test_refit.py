@@ -664,6 +664,15 @@ def test_blocks_whose_shortcut_has_a_convolution_of_its_own():
     assert drift(model, converted, images(64, seed=1)) < 0.95 * before
 
 
+def test_a_model_without_split_layers_is_left_as_it_is_and_says_so():
+    model, pruned = small_net(), small_net()
+    before = {key: value.clone() for key, value in pruned.state_dict().items()}
+    with pytest.warns(convsplit.ConversionWarning, match="has none"):
+        assert convsplit.refit(pruned, model, images()) == ()
+    assert all(torch.equal(value, before[key]) for key, value in pruned.state_dict().items())
+    convsplit.convert(model, images(), skip=["*"], calibration=images())  # the plan has told of that
+
+
 def test_time_is_kept_and_said():
     model, converted = converted_net()
     before = copy.deepcopy(converted)
