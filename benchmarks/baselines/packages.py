@@ -109,15 +109,20 @@ def fasterai(model: nn.Module, method: str) -> Smaller:
     return decomposed
 
 
-def torchao_int8(model: nn.Module, images: list[Tensor]) -> nn.Module:
-    """Static quantisation of weights and activations to eight bits, compiled: its way for CPUs."""
+def torchao_int8(model: nn.Module, images: list[Tensor], *, reduced: bool = False) -> nn.Module:
+    """Static quantisation of weights and activations to eight bits, to be compiled: its way for CPUs.
+
+    reduced: activations of seven bits, for processors without VNNI.
+    """
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     batch = torch.export.Dim("batch", min=2)
     exported = torch.export.export(model, (images[0],), dynamic_shapes=({0: batch},)).module()
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    quantizer = x86.X86InductorQuantizer().set_global(
+        x86.get_default_x86_inductor_quantization_config(reduce_range=reduced)
+    )
     prepared = prepare_pt2e(exported, quantizer)
     with torch.no_grad():
         for each in images:

@@ -4,9 +4,10 @@
 
 NETWORKS.py as in benchmarks/subjects.py; without it the network of the digits. Static quantisation, per output
 channel, calibrated on 256 unlabelled training images: `onnxruntime.quantization` (QDQ) for ONNX Runtime, NNCF for
-OpenVINO. Conversions are repaired with 512. "ranges": what one scale for all channels has to bridge, the largest
-range of a channel that enters the depthwise stage over that of the median channel, of the median layer and of the
-worst. "equalised": these ranges made equal.
+OpenVINO, torchao (pt2e for x86) for torch.compile. Conversions are repaired with 512. "reduced": one bit less of range
+for weights (torchao: for activations), for processors whose kernels add products of eight bits in sixteen: x86 without
+VNNI. "ranges": what one scale for all channels has to bridge, the largest range of a channel that enters the depthwise
+stage over that of the median channel, of the median layer and of the worst. "equalised": these ranges made equal.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import convsplit
+from benchmarks.baselines.packages import torchao_int8
 from benchmarks.results import FASTER, SCORE, Sheet
 from benchmarks.subjects import add_options, subjects
 from convsplit import Budget, SeparableConv2d
@@ -75,7 +78,7 @@ def equalised(model: nn.Module, images: Tensor) -> nn.Module:
     return model
 
 
-def quantised_onnx(path: Path, calibration: Tensor) -> Path:
+def quantised_onnx(path: Path, calibration: Tensor, reduced: bool) -> Path:
     """The ONNX file in eight bits: QDQ, weights by channel."""
     import onnx
     from onnxruntime import quantization
@@ -90,25 +93,73 @@ def quantised_onnx(path: Path, calibration: Tensor) -> Path:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
 
-    ready, target = path.with_suffix(".ready.onnx"), path.with_suffix(".int8.onnx")
+    ready, target = path.with_suffix(".ready.onnx"), path.with_suffix(f".int8.{reduced}.onnx")
     quant_pre_process(path, ready)
-    quantization.quantize_static(ready, target, Reader(), per_channel=True, reduce_range=False)
+    quantization.quantize_static(ready, target, Reader(), per_channel=True, reduce_range=reduced)
     return target
 
 
-def quantised_openvino(path: Path, calibration: Tensor) -> Path:
+def quantised_openvino(path: Path, calibration: Tensor, reduced: bool) -> Path:
     """OpenVINO's model in eight bits, by NNCF."""
     import nncf
     import openvino
+    from nncf.quantization import advanced_parameters as advanced
 
     data = nncf.Dataset([batch.numpy() for batch in calibration.split(32)])
-    model = nncf.quantize(openvino.Core().read_model(str(path)), data, subset_size=len(calibration) // 32)
-    target = path.with_suffix(".int8.xml")
+    model = nncf.quantize(
+        openvino.Core().read_model(str(path)), data, subset_size=len(calibration) // 32,
+        advanced_parameters=advanced.AdvancedQuantizationParameters(
+            overflow_fix=advanced.OverflowFix.ENABLE if reduced else None
+        ),
+    )  # fmt: skip
+    target = path.with_suffix(f".int8.{reduced}.xml")
     openvino.save_model(model, target, compress_to_fp16=False)
     return target
 
 
-QUANTISERS = {"onnxruntime": quantised_onnx, "openvino": quantised_openvino}
+class FromFiles:
+    """An exported file and the same in eight bits, in a runtime that reads files."""
+
+    def __init__(self, name: str) -> None:
+        found = runtime_of(name)
+        assert isinstance(found, FromOnnx)
+        self.runtime, self.clock = found, found.clock(torch.device("cpu"))
+        self.quantised = {"onnxruntime": quantised_onnx, "openvino": quantised_openvino}[name]
+
+    def plain(self, model: nn.Module, path: Path) -> Infer:
+        return self.runtime.load(path)
+
+    def eight_bits(self, model: nn.Module, path: Path, calibration: Tensor, reduced: bool) -> Infer:
+        return self.runtime.load(self.quantised(path, calibration, reduced))
+
+
+class Compiled:
+    """The module and the same in eight bits by torchao, compiled."""
+
+    clock = staticmethod(time.process_time)
+
+    def plain(self, model: nn.Module, path: Path) -> Infer:
+        import torch._inductor.config as inductor
+
+        torch._dynamo.reset()
+        inductor.freezing = True
+        compiled = torch.compile(model, dynamic=False)
+
+        def infer(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            with torch.no_grad():
+                return [compiled(torch.from_numpy(array)).numpy() for array in arrays]
+
+        return infer
+
+    def eight_bits(self, model: nn.Module, path: Path, calibration: Tensor, reduced: bool) -> Infer:
+        return self.plain(torchao_int8(model, list(calibration.split(32)), reduced=reduced), path)
+
+
+WAYS = ("onnxruntime", "openvino", "torchao")
+
+
+def way(name: str) -> FromFiles | Compiled:
+    return Compiled() if name == "torchao" else FromFiles(name)
 
 
 def accuracy(infer: Infer, images: Tensor, labels: Tensor) -> float:
@@ -130,10 +181,11 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--forms", nargs="+", help="only these")
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--runtimes", nargs="+", default=list(QUANTISERS))
+    parser.add_argument("--runtimes", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--reduced", nargs="+", default=["no", "yes"], choices=["no", "yes"])
 
 
-QUICK = {"kept": [0.25], "images": 500, "runtimes": ["onnxruntime"]}
+QUICK = {"kept": [0.25], "images": 500, "runtimes": ["onnxruntime"], "reduced": ["yes"]}
 
 
 def measure(arguments: Namespace) -> Iterator[Sheet]:
@@ -155,23 +207,25 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
         with tempfile.TemporaryDirectory() as folder:
             files = {n: exported(m, Path(folder), f"m{i}", train[:2]) for i, (n, m) in enumerate(models.items())}
             for name in arguments.runtimes:
-                runtime = runtime_of(name)
-                assert isinstance(runtime, FromOnnx)
-                pairs = {}
+                chosen = way(name)
+                columns: dict[tuple[str, str], Infer] = {}
                 for kind, path in files.items():
-                    pairs[kind] = (runtime.load(path), runtime.load(QUANTISERS[name](path, train[:CALIBRATION])))
+                    columns[kind, ""] = chosen.plain(models[kind], path)
+                    for reduced in arguments.reduced:
+                        columns[kind, reduced] = chosen.eight_bits(
+                            models[kind], path, train[:CALIBRATION], reduced == "yes"
+                        )
                 batch = [images[:8].numpy()]
-                flat = [infer for pair in pairs.values() for infer in pair]
-                turns = [lambda infer=infer, batch=batch: infer(batch) and None for infer in flat]
-                times = milliseconds_in_turns(turns, 10.0, clock=runtime.clock(torch.device("cpu")))
-                for index, (kind, pair) in enumerate(pairs.items()):
-                    right = [accuracy(infer, images, labels) for infer in pair]
-                    slow, fast = times[2 * index : 2 * index + 2]
-                    rows.append(
-                        [subject.name, name, kind, percent(right[0]), percent(right[1]), milliseconds(slow),
-                         milliseconds(fast), f"{times[0] / fast:.2f}x", spread(models[kind], train[:CALIBRATION])]
-                    )  # fmt: skip
-    keys = ["network", "runtime", "kept"]
+                turns = [lambda infer=infer, batch=batch: infer(batch) and None for infer in columns.values()]
+                times = dict(zip(columns, milliseconds_in_turns(turns, 10.0, clock=chosen.clock), strict=True))
+                right = {key: accuracy(infer, images, labels) for key, infer in columns.items()}
+                rows += [
+                    [subject.name, name, kind, reduced, percent(right[kind, ""]), percent(right[kind, reduced]),
+                     milliseconds(times[kind, ""]), milliseconds(times[kind, reduced]),
+                     f"{times['dense', ''] / times[kind, reduced]:.2f}x", spread(models[kind], train[:CALIBRATION])]
+                    for kind in files for reduced in arguments.reduced
+                ]  # fmt: skip
+    keys = ["network", "runtime", "kept", "reduced"]
     headings = [*keys, "float32", "eight bits", "ms", "->", "than dense float32", "ranges"]
     kinds = {"float32": SCORE, "eight bits": SCORE, "than dense float32": FASTER}
     yield Sheet("eight bits", Table(headings, rows, frozenset(keys)), keys, kinds)
