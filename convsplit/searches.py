@@ -62,7 +62,7 @@ def find_cheapest(known: Converts, held: HeldOut, *, most: int, then: Finetune |
         models.append(converted)
         return Point(fraction, quality.drift, quality.loss)
 
-    loss = Loss(held.limit, held.expected, counted=held.budget.kind == "agreement")
+    loss = Loss(held.limit, held.expected, counted=held.count if held.budget.kind == "agreement" else 0)
     best = _best(cheapest(measure, predicted, loss, most=most), loss)
     chosen, model = trials[best], models[best]
     if then is not None:

@@ -23,6 +23,7 @@ NEAR = 0.02  # fractions this close, relatively, are not told apart
 WORTH = 1.05  # of what is known to be too little: nearer to that, another conversion gains too little
 STEP = 1.08  # less than what is known to be enough, where nothing says that much less would be
 REPAIRED = 0.5  # measured over predicted drift, as far as nothing was measured yet
+SURE = 6.0  # inputs of another class that an expectation is worth: it is off by 1 / sqrt(6), 40 %, as far as is known
 SLOPES = (0.3, 3.0)  # between which that of measured against predicted drift is believed
 NEXT_TO_NOTHING = 1e-9
 
@@ -63,13 +64,14 @@ class Point:
 class Loss:
     """What may be lost, `limit`, and what is `expected` to be lost at a drift: rising, and known up to a factor.
 
-    A loss that is `counted` on some inputs is noisy: of several such figures all together say what the factor is.
-    Others are taken as they were measured, and the factor in between is interpolated.
+    A loss that is `counted` on so many inputs is noisy: all such figures together, and that the factor should be about
+    one, say what it is. Others (none counted) are taken as they were measured, and the factor in between is
+    interpolated.
     """
 
     limit: float
     expected: Callable[[float], float]
-    counted: bool = False
+    counted: int = 0
 
     def believed(self, points: Sequence[Point]) -> list[float]:
         """What is lost at each point: where it is counted no less than is expected by all counts together."""
@@ -95,7 +97,10 @@ class Loss:
             return self.expected(drift)
         least = AIM * self.limit / 10  # of nothing lost no factor can be told
         if self.counted:
-            return max(sum(loss for _, loss in told), least) / sum(hoped) * self.expected(drift)
+            # Counts are Poisson about the factor times what was expected, and the factor is gamma about one, of the
+            # shape SURE: the mean of what is then known of it, which one lucky count cannot take far from one.
+            counts = self.counted * sum(loss for _, loss in told)
+            return (SURE + counts) / (SURE + self.counted * sum(hoped)) * self.expected(drift)
         factors = [math.log(max(loss, least) / each) for (_, loss), each in zip(told, hoped, strict=True)]
         at = [math.log(each) for each, _ in told]
         return math.exp(float(np.interp(math.log(max(drift, NEXT_TO_NOTHING)), at, factors))) * self.expected(drift)
@@ -127,7 +132,8 @@ def _next(points: Sequence[Point], predicted: Predicted, loss: Loss, last: bool)
     missed = [point.fraction for point, lost in believed if lost > loss.limit]
     least, most = min(predicted.fractions), max(predicted.fractions)
     low, high = max(missed, default=least), min(met, default=most)
-    if any(CLOSER * loss.limit <= lost <= loss.limit for point, lost in believed if point.fraction == high):
+    near = [point for point, lost in believed if point.fraction == high and CLOSER * loss.limit <= lost <= loss.limit]
+    if near and not loss.counted:
         return None  # as near to the limit as the search would aim
     aim = loss.limit * (CLOSER if met and not loss.counted else AIM)
     if last and not met:
