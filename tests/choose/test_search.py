@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convsplit import Budget
-from convsplit.choose.search import MOST, Loss, Point, Predicted, cheapest
+from convsplit.choose.search import MOST, USUAL, Loss, Point, Predicted, cheapest
 
 FRACTIONS = [0.97 * 0.87**step for step in range(26)]
 
@@ -75,7 +75,7 @@ def test_counted_losses_are_met_by_what_was_measured(seed: int, inputs: int) -> 
 
 def test_lucky_counts_are_not_believed() -> None:
     points = [Point(0.5, 0.1, 0.05), Point(0.6, 0.08, 0.005), Point(0.7, 0.05, 0.03)]
-    believed = Loss(0.02, float, counted=10_000).believed(points)
+    believed = Loss(0.02, float, counted=1_000_000).believed(points)
     assert believed[1] == pytest.approx(0.085 / 0.23 * 0.08, rel=0.01)
     assert believed[::2] == [0.05, 0.03]
     assert Loss(0.02, float).believed(points) == [0.05, 0.005, 0.03]
@@ -87,20 +87,20 @@ def test_one_lucky_count_does_not_end_a_search() -> None:
     def measure(fraction: float) -> Point:
         return Point(fraction, 0.1 if fraction < 0.6 else 0.04, 0.02 if fraction < 0.6 else 0.012)
 
-    loss = Loss(0.02, lambda drift: 0.4 * drift, counted=250)
+    loss = Loss(0.02, lambda drift: 0.3 * drift, counted=250)
     tried = cheapest(measure, predicted(), loss)
     assert tried[0].loss <= loss.limit < loss.believed(tried)[0]
     assert len(tried) > 1
     assert max(point.fraction for point in tried) > 0.6
-    assert Loss(0.02, float, counted=250)._at([], 0.05) == 0.05  # of nothing counted what is expected
 
 
-@pytest.mark.parametrize("factor", [0.6, 1.0, 1.8])
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.8, 15.0])
 def test_many_counts_outweigh_what_was_expected(factor: float) -> None:
     points = [Point(0.5, 0.1, factor * 0.1), Point(0.6, 0.05, factor * 0.05)]
     assert Loss(0.02, float, counted=100_000)._at(points, 0.02) == pytest.approx(factor * 0.02, rel=0.01)
     few = Loss(0.02, float, counted=20)._at(points, 0.02) / 0.02
-    assert min(1, factor) <= few <= max(1, factor)
+    assert factor <= few * (1 + 1e-9)
+    assert few <= max(USUAL, factor) * (1 + 1e-9)  # few can say at once that it is more, but not that it is less
 
 
 def test_nothing_is_tried_twice_and_nothing_after_the_end_of_the_range() -> None:
