@@ -62,7 +62,8 @@ def find_cheapest(known: Converts, held: HeldOut, *, most: int, then: Finetune |
         models.append(converted)
         return Point(fraction, quality.drift, quality.loss)
 
-    loss = Loss(held.limit, held.expected, counted=held.count if held.budget.kind == "agreement" else 0)
+    counted = held.count if held.budget.kind == "agreement" else 0
+    loss = Loss(held.limit, held.expected, counted, held.expected_of_all)
     best = _best(cheapest(measure, predicted, loss, most=most), loss)
     chosen, model = trials[best], models[best]
     if then is not None:

@@ -320,7 +320,8 @@ class Study(Tabular, Generic[M]):
             raise ValueError(f"{budget!r} is measured on inputs: give calibration=, some hundred unlabelled ones")
         self._check_unchanged()
         known, held = self._holding_out(budget, held_out)
-        meter = HeldOut(self.model, held, self.forward, budget)
+        alike = known.batches if isinstance(held_out, float | int) and known.batches else ()
+        meter = HeldOut(self.model, held, self.forward, budget, alike)
         return find_cheapest(known, meter, most=most, then=then, prefer=prefer, stopwatch=stopwatch)
 
     def _holding_out(self, budget: Budget, held_out: Any) -> tuple[Study[M], Checked]:

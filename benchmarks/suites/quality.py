@@ -121,7 +121,8 @@ class Case:
         return convsplit.study(self.subject.model, calibration=self.sides[0], seed=self.seed)
 
     def search(self) -> Found:
-        return self.known.search(self.budget, held_out=self.sides[1])
+        study = convsplit.study(self.subject.model, calibration=self.data, seed=self.seed)
+        return study.search(self.budget, held_out=HELD_OUT)
 
     def once(self, found: Found) -> float:
         """Seconds of one calibrated conversion, at the fraction that was found."""

@@ -69,12 +69,13 @@ class Loss:
 
     A loss that is `counted` on so many inputs is noisy: all such figures together, and what the factor usually is,
     say what it is. Others (none counted) are taken as they were measured, and the factor in between is
-    interpolated.
+    interpolated. What is expected of more inputs, `of_all`, says what a factor that few told comes to.
     """
 
     limit: float
     expected: Callable[[float], float]
     counted: int = 0
+    of_all: Callable[[float], float] | None = None
 
     def believed(self, points: Sequence[Point]) -> list[float]:
         """What is lost at each point: where it is counted no less than is expected by all counts together."""
@@ -95,9 +96,10 @@ class Loss:
         told = sorted(
             (p.drift, p.loss) for p in points if math.isfinite(p.loss) and math.isfinite(p.drift) and p.drift
         )
+        of_all = self.of_all or self.expected
         hoped = [max(self.expected(each), NEXT_TO_NOTHING) for each, _ in told]
         if not told or not math.isfinite(drift):
-            return (USUAL if self.counted else 1.0) * self.expected(drift)
+            return (USUAL if self.counted else 1.0) * of_all(drift)
         least = AIM * self.limit / 10  # of nothing lost no factor can be told
         if self.counted:
             # Counts are Poisson about the factor times what was expected. The first is the factor's mean were it gamma
@@ -106,7 +108,7 @@ class Loss:
             # Several counts are of the same inputs, hence their mean: together they know no more than one of so many.
             lost, hope = sum(loss for _, loss in told) / len(told), sum(hoped) / len(told)
             sure = SURE / self.counted
-            return max((sure * USUAL + lost) / (sure + hope), lost / hope) * self.expected(drift)
+            return max((sure * USUAL + lost) / (sure + hope), lost / hope) * of_all(drift)
         factors = [math.log(max(loss, least) / each) for (_, loss), each in zip(told, hoped, strict=True)]
         at = [math.log(each) for each, _ in told]
         return math.exp(float(np.interp(math.log(max(drift, NEXT_TO_NOTHING)), at, factors))) * self.expected(drift)

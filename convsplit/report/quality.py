@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,9 @@ class Quality:
 class HeldOut:
     """A model on held-out inputs, run once, beside which conversions are measured.
 
+    `alike` are further inputs of the same kind, which conversions may have seen: by the original's scores they tell,
+    too, how many inputs are close to another class.
+
     Raises:
         ValueError: a budget of agreement where no output is known to be class scores, a metric that is no number.
     """
@@ -45,21 +48,25 @@ class HeldOut:
     batches: Sequence[Batch]
     forward: Forward | None
     budget: Budget
+    alike: Sequence[Batch] = ()
     outputs: list[Any] = field(init=False)
     inputs: list[int] = field(init=False)
     scores: list[Tensor] = field(init=False)  # [inputs, classes] of each batch
+    further: list[Tensor] = field(init=False)  # those of the inputs alike
     reference: float = field(init=False, default=0.0)  # the original's metric
 
     def __post_init__(self) -> None:
-        self.outputs = self._run(self.model)
+        self.outputs = self._run(self.model, self.batches)
         self.inputs = [count_inputs(batch) for batch in self.batches]
-        found = [class_scores(output, n) for output, n in zip(self.outputs, self.inputs, strict=True)]
-        self.scores = [each for each in found if each is not None]
-        if self.budget.kind == "agreement" and len(self.scores) < len(found):
+        self.scores = _scores(self.outputs, self.inputs)
+        self.further = []
+        if self.budget.kind == "agreement" and len(self.scores) < len(self.outputs):
             raise ValueError(
                 f"{self.budget!r}: no output of {type(self.model).__name__} is known to be class scores, of shape "
                 "(inputs, classes): ask for drift=, or for a metric= of your own"
             )
+        if self.budget.kind == "agreement":
+            self.further = _scores(self._run(self.model, self.alike), map(count_inputs, self.alike))
         if self.budget.kind == "metric":
             self.reference = self._metric(self.model)
 
@@ -77,7 +84,7 @@ class HeldOut:
 
     def measure(self, converted: nn.Module) -> Quality:
         """Run a conversion on the same inputs."""
-        after = self._run(converted)
+        after = self._run(converted, self.batches)
         error, size = _energies(self.outputs, after, self.inputs)
         drift = math.sqrt(float(error.sum() / size.sum())) if float(size.sum()) else float(error.sum() > 0)
         if self.budget.kind == "drift":
@@ -94,9 +101,16 @@ class HeldOut:
         With the best score ahead by m of the next, and errors of variance s^2 in each, the next one overtakes with
         probability Phi(-m / (s sqrt 2)).
         """
+        return self._expected(drift, self.scores)
+
+    def expected_of_all(self, drift: float) -> float:
+        """The same of these inputs and those alike: a loss of as many would be nearer to it than one of the few."""
+        return self._expected(drift, [*self.scores, *self.further])
+
+    def _expected(self, drift: float, scores: Sequence[Tensor]) -> float:
         if self.budget.kind != "agreement":
             return drift
-        y = torch.cat(self.scores).double()
+        y = torch.cat(list(scores)).double()
         best = y.topk(2, dim=1).values
         noise = drift * y.square().mean().sqrt().clamp_min(1e-30)
         return float(torch.special.ndtr((best[:, 1] - best[:, 0]) / (math.sqrt(2) * noise)).mean())
@@ -118,14 +132,20 @@ class HeldOut:
         except (TypeError, ValueError) as error:
             raise ValueError(f"metric returned {value!r}; want a number") from error
 
-    def _run(self, model: nn.Module) -> list[Any]:
+    def _run(self, model: nn.Module, batches: Sequence[Batch]) -> list[Any]:
         """The outputs for all batches; where a model draws random numbers, the same ones every time."""
         copied, outputs = scratch_copy(model), []
         with quiet_run(copied):
-            for index, batch in enumerate(self.batches):
+            for index, batch in enumerate(batches):
                 torch.manual_seed(index)
                 outputs.append(run_or_explain(copied, batch, self.forward))
         return outputs
+
+
+def _scores(outputs: Sequence[Any], inputs: Iterable[int]) -> list[Tensor]:
+    """Those outputs that are class scores."""
+    found = (class_scores(output, n) for output, n in zip(outputs, inputs, strict=True))
+    return [each for each in found if each is not None]
 
 
 def wilson(changed: int, total: int) -> tuple[float, float]:

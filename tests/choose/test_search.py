@@ -103,6 +103,16 @@ def test_many_counts_outweigh_what_was_expected(factor: float) -> None:
     assert few <= max(USUAL, factor) * (1 + 1e-9)  # few can say at once that it is more, but not that it is less
 
 
+def test_inputs_that_few_of_are_close_to_another_class_do_not_speak_for_all() -> None:
+    """What was counted of them says how much more is lost than expected of them; all say what that comes to."""
+    points = [Point(0.5, 0.1, 0.06)]
+    alone = Loss(0.02, lambda drift: 0.3 * drift, counted=1000)
+    among = Loss(0.02, lambda drift: 0.3 * drift, counted=1000, of_all=lambda drift: 0.5 * drift)
+    assert alone._at(points, 0.1) == pytest.approx(0.06)
+    assert among._at(points, 0.1) == pytest.approx(0.1)
+    assert among.believed(points) == [among._at(points, 0.1)]
+
+
 def test_nothing_is_tried_twice_and_nothing_after_the_end_of_the_range() -> None:
     tried = cheapest(lambda f: Point(f, 0.0, 0.0), predicted(), Loss(0.1, float))
     assert min(FRACTIONS) == pytest.approx(min(point.fraction for point in tried))

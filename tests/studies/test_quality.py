@@ -69,6 +69,20 @@ def test_so_many_inputs_as_are_said_to_tell_do(known: Any) -> None:
     assert found.certain or "would tell" in found.summary()
 
 
+def test_inputs_alike_say_how_many_are_close_to_another_class() -> None:
+    model, sure = net(), images(48)
+    with torch.no_grad():
+        best = model(sure).topk(2, dim=1).values
+    order = (best[:, 0] - best[:, 1]).argsort()
+    close, far = sure[order[:24]], sure[order[24:]]
+    held, all_of_them = (HeldOut(model, [far], None, Budget(agreement=0.9), alike) for alike in ((), [close]))
+    whole = HeldOut(model, [far, close], None, Budget(agreement=0.9))
+    assert held.expected(0.1) == held.expected_of_all(0.1) == all_of_them.expected(0.1) < whole.expected(0.1)
+    assert all_of_them.expected_of_all(0.1) == pytest.approx(whole.expected(0.1))
+    assert all_of_them.count == 24
+    assert HeldOut(model, [far], None, Budget(drift=0.1), [close]).expected_of_all(0.3) == 0.3
+
+
 def test_looser_targets_keep_less(known: Any) -> None:
     kept = [
         known.search(Budget(drift=drift), most=3).plan.totals()["model_params_after"] for drift in (0.02, 0.1, 0.4)
