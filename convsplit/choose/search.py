@@ -23,9 +23,7 @@ NEAR = 0.02  # fractions this close, relatively, are not told apart
 WORTH = 1.05  # of what is known to be too little: nearer to that, another conversion gains too little
 STEP = 1.08  # less than what is known to be enough, where nothing says that much less would be
 REPAIRED = 0.5  # measured over predicted drift, as far as nothing was measured yet
-USUAL = (
-    1.4  # inputs of another class over those that were expected: 1.3 to 1.8 of ResNets, 15 of one sure of its digits
-)
+USUAL = 1.4  # inputs of another class over those expected: 1.3 to 1.8 of ResNets, 15 of one sure of its digits
 SURE = 6.0  # counted inputs that this is worth: it is off by 1 / sqrt(6), 40 %
 SLOPES = (0.3, 3.0)  # between which that of measured against predicted drift is believed
 NEXT_TO_NOTHING = 1e-9
