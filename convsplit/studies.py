@@ -590,8 +590,7 @@ def _warn_of_reasons(title: str, sites: Sequence[Site]) -> None:
         return
     found = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
     kind = noun(site.spec for site in sites)
-    hint = '. With "pw-pw" among forms=, 1x1 kernels can be split, too' if POINTWISE in reasons else ""
-    warn(f"no {kind} of {title} can be split, the result is a plain copy: {found}{hint}")
+    warn(f"no {kind} of {title} can be split, the result is a plain copy: {found}")
 
 
 def _record(site: Site) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from convsplit.model.sharing import holders
 from convsplit.model.usage import Usage
 from convsplit.spec import ConvSpec, is_plain, noun
 
-POINTWISE = "1x1 kernel: already pointwise"  # a reason
+POINTWISE = '1x1 kernel: already pointwise; "pw-pw" among forms= splits it'  # a reason
 SKIPPED = "skipped as asked"  # another
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,7 +65,7 @@ def find_sites(
     >>> from convsplit.model.graphs import trace
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
     >>> [(site.name, site.reason) for site in find_sites(model, trace(model))]
-    [('0', ''), ('1', '1x1 kernel: already pointwise')]
+    [('0', ''), ('1', '1x1 kernel: already pointwise; "pw-pw" among forms= splits it')]
     """
     names = _names(model)
     inside = _inside_convolutions(model)
@@ -129,10 +129,10 @@ def _examine(
 def _shape_reason(spec: ConvSpec, pointwise: bool = False) -> str:
     if not spec.weight_params:
         return "without channels: its weight holds no numbers"
+    if spec.positions == 1 and min(spec.in_channels, spec.out_channels) == spec.groups:
+        return f"{'1x1 kernel with ' * (spec.axes > 0)}one input or output: of rank 1 as it is"
     if spec.positions == 1 and spec.axes and not pointwise:
         return POINTWISE
-    if spec.positions == 1 and min(spec.in_channels, spec.out_channels) == spec.groups:
-        return POINTWISE if spec.axes else "one input or output: of rank 1 as it is"
     # One input channel by itself is a bank of filters, and so is each of a depthwise layer's with a multiplier.
     if spec.groups == spec.in_channels == spec.out_channels and spec.groups > 1:
         return "already depthwise"

@@ -95,7 +95,7 @@ def bottleneck() -> nn.Sequential:
 def test_they_are_split_where_their_form_is_asked_for(tmp_path: Path) -> None:
     model, x = bottleneck(), torch.randn(16, 8, 9, 9)
     left = {site.name: site.reason for site in find_sites(model, trace(model), pointwise=True)}
-    assert left == {"0": "", "3": "", "5": "", "6": "1x1 kernel: already pointwise"}
+    assert left == {"0": "", "3": "", "5": "", "6": "1x1 kernel with one input or output: of rank 1 as it is"}
     assert {site.name for site in convsplit.study(model, forms=ALL).sites if site.splittable} == {"0", "3", "5"}
     converted = convsplit.convert(model, calibration=x, forms=ALL, budget=Budget(params=0.3, of="model"))
     forms = {name: m.form for name, m in converted.named_modules() if isinstance(m, SeparableConv)}

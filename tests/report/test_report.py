@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convsplit
+from convsplit.model.sites import POINTWISE
 from convsplit.model.values import stored_bytes
 from convsplit.report import Drift
 from convsplit.report.sizes import bytes_on_disk
@@ -49,7 +50,7 @@ def test_totals_by_hand(report: convsplit.report.Report) -> None:
     assert report.conv_params == (dense, split)
     assert report.params == (dense + rest, split + rest)
     assert report.stored_bytes == (4 * (dense + rest), 4 * (split + rest))
-    assert [(layer.name, layer.reason) for layer in report.kept] == [("4", "1x1 kernel: already pointwise")]
+    assert [(layer.name, layer.reason) for layer in report.kept] == [("4", POINTWISE)]
 
 
 def test_json_round_trip(report: convsplit.report.Report) -> None:

@@ -342,7 +342,7 @@ def test_an_unknown_argument_is_named_with_those_there_are():
 NOTHING = {
     "pointwise": (
         nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)),
-        r'already pointwise \(2\).*"pw-pw"',
+        r'already pointwise; "pw-pw" among forms= splits it \(2\)',
     ),
     "standardised": (nn.Sequential(StdConv2d(8, 8, 3)), r"standardises its weight at every call; bake=True .* \(1\)"),
     "patches": (nn.Sequential(nn.Conv2d(3, 32, 8, stride=8)), r"a patch embedding .* \(1\)"),
