@@ -190,12 +190,8 @@ class Form:
         even: Sequence[bool] | None = None,
         seed: int = 0,
         fits: Sequence[Sequence[CP]] | None = None,
-        effort: float = 1.0,
     ) -> list[Factors]:
-        """`factorise` of several kernels of one shape, found together: small ones in a fraction of the time.
-
-        `effort` is the part of its sweeps that an iterative fit makes.
-        """
+        """`factorise` of several kernels of one shape, found together: small ones in a fraction of the time."""
         evens = [False] * len(kernels) if even is None else even
         return [self._truncated(*each) for each in zip(kernels, components, evens, strict=True)]
 
@@ -318,12 +314,11 @@ class PointwiseDepthwisePointwise(Form):
         even: Sequence[bool] | None = None,
         seed: int = 0,
         fits: Sequence[Sequence[CP]] | None = None,
-        effort: float = 1.0,
     ) -> list[Factors]:
         ranks = [count // kernels[0].shape[0] for count in components]
         known = fits or [()] * len(kernels)
         starts = [_nearest(each, rank) for each, rank in zip(known, ranks, strict=True)]
-        found = cp_each(kernels, ranks, starts=starts, effort=effort, seed=seed)
+        found = cp_each(kernels, ranks, starts=starts, seed=seed)
         return [Factors(spatial=fit.C.mT, outputs=fit.A, inputs=fit.B.mT).balanced() for fit in found]
 
     def curve_work(self, spec: ConvSpec, components: Sequence[int]) -> float:

@@ -15,8 +15,6 @@ from convsplit.lowrank import ends_early
 from convsplit.precision import widened
 from convsplit.spec import Convolution
 
-DRAFT = 1 / 3  # of the sweeps, where repair goes on: what more of them gain is lost in it
-
 
 @torch.no_grad()
 def initialise_each(
@@ -34,8 +32,7 @@ def initialise_each(
 
     `fits` of each come from its error curve, in the metric of its `marginals`. CP starts there in a measured metric,
     and where it has few sweeps. Without one, small kernels converge from singular vectors too: the errors are as small,
-    but outputs of a trained network drift less (benchmarks/results/accuracy.md). In a measured metric it ends early:
-    what was measured is repaired with as well, and that fits all factors anew.
+    but outputs of a trained network drift less (benchmarks/results/accuracy.md).
 
     Raises:
         ValueError: a weight holds NaN or infinite values.
@@ -55,9 +52,8 @@ def initialise_each(
         for own, known, kernel, layer in zip(fits, marginals, kernels, layers, strict=True)
     ]
     found = form.factorise_each(
-        kernels, [layer.components for layer in layers], even=[layer.even for layer in layers], seed=seed, fits=starts,
-        effort=DRAFT if all(isinstance(known, Marginals) for known in marginals) else 1.0,
-    )  # fmt: skip
+        kernels, [layer.components for layer in layers], even=[layer.even for layer in layers], seed=seed, fits=starts
+    )
     for layer, conv, factors, known in zip(layers, convs, found, marginals, strict=True):
         layer.load_factors(factors if known is None else unwhitened(factors, known, mix_channels=form.expands))
         if layer.bias is not None and conv.bias is not None:

@@ -56,7 +56,6 @@ def cp_each(
     *,
     starts: Sequence[CP | None] | None = None,
     iterations: int | None = None,
-    effort: float = 1.0,
     tolerance: float = TOLERANCE,
     seed: int = 0,
     ridge: float = RIDGE,
@@ -64,7 +63,6 @@ def cp_each(
     """`cp` of several weights of one shape and dtype, swept together: small ones cost a fraction of single fits.
 
     Components of lower ranks are filled up with zeros, which an alternating fit keeps at zero: ranks should be close.
-    `effort` is the part of the sweeps that are made where `iterations` does not say how many.
 
     >>> [fit.rank for fit in cp_each([torch.ones(1, 4, 3, 9), torch.rand(1, 4, 3, 9)], [1, 2])]
     [1, 2]
@@ -77,8 +75,7 @@ def cp_each(
     if open_:
         most = max(ranks[index] for index in open_)
         shape = weights[open_[0]].shape
-        limit = round(effort * MAX_SWEEPS)
-        sweeps = iterations or affordable(shape, most, effort * FIT_FLOPS, MIN_SWEEPS, limit)
+        sweeps = iterations or affordable(shape, most, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS)
         # A short fit from another one, as curves are made of, needs no second opinion.
         count = 1 if iterations and starts else affordable(shape, most, TINY_FLOPS, 1, MAX_STARTS)
         dtype = torch.float64 if math.prod(shape[1:]) * most <= FLOAT64_WORK else torch.float32

@@ -159,11 +159,3 @@ def test_float32_ends_where_float64_does(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys.modules["convsplit.lowrank.canonical"], "FLOAT64_WORK", 1e9)
     assert fit.error == pytest.approx(missed(fit, W), rel=0.01)
     assert fit.error <= 1.1 * cp(W, 24).error
-
-
-def test_less_effort_means_fewer_sweeps_and_no_smaller_error():
-    weight = torch.randn(1, 12, 10, 9, generator=torch.Generator().manual_seed(0))
-    whole, third = (cp_each([weight], [20], effort=effort, tolerance=0.0)[0] for effort in (1.0, 1 / 3))
-    assert len(whole.history) == 3 * len(third.history)
-    assert third.history == pytest.approx(whole.history[: len(third.history)])
-    assert whole.error <= third.error
