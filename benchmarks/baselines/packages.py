@@ -128,3 +128,12 @@ def torchao_int8(model: nn.Module, images: list[Tensor], *, reduced: bool = Fals
         for each in images:
             prepared(each)
     return move_exported_model_to_eval(convert_pt2e(prepared))
+
+
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model as torch.compile makes it, its weights taken for constants: else they are quantised at every call."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
+    return run

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import convsplit
-from benchmarks.baselines.packages import torchao_int8
+from benchmarks.baselines.packages import compiled, torchao_int8
 from benchmarks.results import FASTER, SCORE, Sheet
 from benchmarks.subjects import add_options, subjects
 from convsplit import Budget, SeparableConv2d
@@ -136,18 +135,16 @@ class FromFiles:
 class Compiled:
     """The module and the same in eight bits by torchao, compiled."""
 
-    clock = staticmethod(time.process_time)
+    def __init__(self) -> None:
+        self.clock = runtime_of("torch").clock(torch.device("cpu"))
 
     def plain(self, model: nn.Module, path: Path) -> Infer:
-        import torch._inductor.config as inductor
-
         torch._dynamo.reset()
-        inductor.freezing = True
-        compiled = torch.compile(model, dynamic=False)
+        answer = compiled(model)
 
         def infer(arrays: list[np.ndarray]) -> list[np.ndarray]:
             with torch.no_grad():
-                return [compiled(torch.from_numpy(array)).numpy() for array in arrays]
+                return [answer(torch.from_numpy(array)).numpy() for array in arrays]
 
         return infer
 
@@ -204,6 +201,7 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
             converted = study.convert(Budget(params=kept))
             models[f"{kept:.0%}"] = converted
             models[f"{kept:.0%} equalised"] = equalised(converted, train[:CALIBRATION])
+        spreads = {kind: spread(model, train[:CALIBRATION]) for kind, model in models.items()}
         with tempfile.TemporaryDirectory() as folder:
             files = {n: exported(m, Path(folder), f"m{i}", train[:2]) for i, (n, m) in enumerate(models.items())}
             for name in arguments.runtimes:
@@ -222,7 +220,7 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
                 rows += [
                     [subject.name, name, kind, reduced, percent(right[kind, ""]), percent(right[kind, reduced]),
                      milliseconds(times[kind, ""]), milliseconds(times[kind, reduced]),
-                     f"{times['dense', ''] / times[kind, reduced]:.2f}x", spread(models[kind], train[:CALIBRATION])]
+                     f"{times['dense', ''] / times[kind, reduced]:.2f}x", spreads[kind]]
                     for kind in files for reduced in arguments.reduced
                 ]  # fmt: skip
     keys = ["network", "runtime", "kept", "reduced"]

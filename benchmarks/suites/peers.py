@@ -280,14 +280,11 @@ def _prepared(candidate: Candidate, images: Tensor, runtime: str) -> Run | None:
 
 
 def _compiled(model: nn.Module, images: Tensor) -> Run:
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True  # or weights are quantised at every call
-    compiled = torch.compile(model)
+    answer = packages.compiled(model)
 
     def run() -> None:
         with torch.no_grad():
-            compiled(images)
+            answer(images)
 
     run()
     return run

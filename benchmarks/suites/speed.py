@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import convsplit
+from benchmarks.baselines.packages import parameters
 from benchmarks.figures import QUALITY, compared
 from benchmarks.results import FASTER, Result, Sheet
 from benchmarks.subjects import ROOT, Subject, add_options, answers, subjects
@@ -106,18 +107,14 @@ def _preferences(subject: Subject, seconds: float) -> Iterator[list[str]]:
     eager = runtime_of("torch")
     runs = [eager.prepare(model, images) for model in models.values()]
     times = milliseconds_in_turns(runs, seconds, clock=eager.clock(torch.device("cpu")))
-    dense, whole = answers(subject.model, subject.images), _parameters(subject.model)
+    dense, whole = answers(subject.model, subject.images), parameters(subject.model)
     for (name, model), time in zip(models.items(), times, strict=True):
         split = sum(isinstance(module, convsplit.layers.SeparableConv) for module in model.modules())
         quality = compared(dense, answers(model, subject.images), subject.labels)
-        kept = percent(_parameters(model) / whole)
+        kept = percent(parameters(model) / whole)
         yield [
             subject.name, name, str(split), kept, milliseconds(time), times_faster(times[0], time), *quality.cells()
         ]  # fmt: skip
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 PARTS = {"widths": widths, "memory": memory, "preference": preference}

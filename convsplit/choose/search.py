@@ -98,7 +98,6 @@ class Loss:
         hoped = [max(self.expected(each), NEXT_TO_NOTHING) for each, _ in told]
         if not told or not math.isfinite(drift):
             return (USUAL if self.counted else 1.0) * of_all(drift)
-        least = AIM * self.limit / 10  # of nothing lost no factor can be told
         if self.counted:
             # Counts are Poisson about the factor times what was expected. The first is the factor's mean were it gamma
             # about USUAL, of the shape SURE, which no lucky count takes far down; but it may be far larger, as where a
@@ -107,6 +106,7 @@ class Loss:
             lost, hope = sum(loss for _, loss in told) / len(told), sum(hoped) / len(told)
             sure = SURE / self.counted
             return max((sure * USUAL + lost) / (sure + hope), lost / hope) * of_all(drift)
+        least = AIM * self.limit / 10  # of nothing lost no factor can be told
         factors = [math.log(max(loss, least) / each) for (_, loss), each in zip(told, hoped, strict=True)]
         at = [math.log(each) for each, _ in told]
         return math.exp(float(np.interp(math.log(max(drift, NEXT_TO_NOTHING)), at, factors))) * self.expected(drift)
