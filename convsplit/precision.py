@@ -15,6 +15,35 @@ def widened(values: Tensor) -> Tensor:
 
 
 @contextmanager
+def full_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever faster formats (TF32, bfloat16) the user allows models.
+
+    Their rounding, 1e-3, is as large as what a sweep of an alternating fit gains. Both of PyTorch's settings are put
+    back as they were: `torch.set_float32_matmul_precision`, and `fp32_precision` of single backends, which make the
+    first unreadable where they differ from it.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    if set(before) <= {"ieee", "none"}:
+        yield
+        return
+    try:
+        whole = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:
+        whole = None
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if whole is not None:
+            torch.set_float32_matmul_precision(whole)
+        for backend, own in zip(backends, before, strict=True):
+            backend.fp32_precision = own
+
+
+@contextmanager
 def widened_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Parameters and buffers of some modules in float32 at least while inside; afterwards as they are stored."""
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]

@@ -23,6 +23,7 @@ from convsplit.layers.separable import SeparableConv, SeparableConv2d
 from convsplit.model.copies import deep_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
 from convsplit.parallel import in_batches
+from convsplit.precision import full_products
 from convsplit.progress import warn
 from convsplit.spec import ConvSpec, noun
 
@@ -55,6 +56,7 @@ SETTLED_BY = ("ultralytics", "transformers", "diffusers", "segmentation_models_p
 
 @same_globals()
 @plain_arithmetic()
+@full_products()
 def apply_plan(
     model: M,
     plan: Plan,

@@ -22,7 +22,7 @@ from convsplit.forms import CP, FORMS, Form, grouped
 from convsplit.model.running import macs_per_input
 from convsplit.model.sites import Site
 from convsplit.parallel import in_batches
-from convsplit.precision import widened
+from convsplit.precision import full_products, widened
 from convsplit.spec import ConvSpec
 from convsplit.structure import Structure
 
@@ -70,6 +70,7 @@ class Menu:
         return replace(self, site=site, options=tuple(counted))
 
 
+@full_products()
 def find_menus(
     sites: Iterable[Site],
     *,

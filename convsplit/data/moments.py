@@ -19,7 +19,7 @@ from convsplit.data.processes import all_reduced_each, is_shared, reduced_number
 from convsplit.model.hooks import Given, hooked
 from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain
 from convsplit.model.values import tensors_in
-from convsplit.precision import widened
+from convsplit.precision import full_products, widened
 from convsplit.spec import Axes, Convolution, ConvSpec, axes_of, padding_around, per_axis
 
 POSITIONS_PER_UNKNOWN = 200
@@ -247,6 +247,7 @@ def whitened(kernel: Tensor, channels: Root | None, positions: Root) -> Tensor:
 
 
 @torch.no_grad()
+@full_products()
 def measure_marginals(
     model: nn.Module, convs: Mapping[str, Convolution], batches: Sequence[Batch], forward: Forward | None = None
 ) -> dict[str, Marginals]:

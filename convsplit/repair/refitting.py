@@ -27,6 +27,7 @@ from convsplit.model.pairs import check_order
 from convsplit.model.running import Forward, is_random, quiet_run, warn_of_noise
 from convsplit.model.sharing import holders
 from convsplit.model.values import count_inputs
+from convsplit.precision import full_products
 from convsplit.progress import track, warn
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.repair.samples import Moments, Samples
@@ -57,6 +58,7 @@ class Repaired:
 
 
 @plain_arithmetic()
+@full_products()
 @torch.no_grad()
 def refit(
     converted: nn.Module,
