@@ -187,7 +187,7 @@ def _energies(before: Sequence[Any], after: Sequence[Any], inputs: Sequence[int]
         pairs = list(zip(tensors_in(y_all), tensors_in(z_all), strict=False))
         pairs = [(y, z) for y, z in pairs if y.is_floating_point() or y.is_complex()]
         rows = n if all(y.dim() and y.shape[0] == n for y, _ in pairs) else 1
-        error, size = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+        error, size = torch.zeros(2, rows, dtype=torch.float64, device="cpu")
         for y, z in pairs:
             if y.shape != z.shape:
                 error += math.inf
