@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from convsplit.lowrank.als import RIDGE, Alternation
-from convsplit.lowrank.factors import CP, Factors, affordable, balanced, each, norms, reconstruct, work
+from convsplit.lowrank.factors import (
+    CP,
+    CPU,
+    Factors,
+    affordable,
+    balanced,
+    each,
+    norms,
+    reconstruct,
+    sweep_flops,
+    work,
+)
 from convsplit.lowrank.starts import exact_factors, resized, starting_points
 
 FLOAT64_WORK = 1e5  # O * I * K * R up to which float64 costs next to nothing
@@ -21,6 +32,9 @@ FIT_FLOPS = 1.4e10  # what one fit may cost, unless that is less than MIN_SWEEPS
 MIN_SWEEPS, MAX_SWEEPS = 3, 300
 TINY_FLOPS = 4e6  # per sweep; kernels below it try several starts, up to
 MAX_STARTS = 8
+# Per sweep; kernels below it are fitted on the CPU wherever they are. A sweep is about sixty calls, which alone take a
+# GPU as long as one thread of a CPU takes for all of 64x64x9 at rank 136, 3.5e7 (benchmarks/results/cuda.md).
+DEVICE_FLOPS = 3e8
 TOLERANCE = 1e-5  # of the error, per sweep; of fits swept together the mean counts, which hides what one still gains
 
 
@@ -69,6 +83,14 @@ def cp_each(
     """
     if min(ranks, default=1) < 1:
         raise ValueError(f"a CP decomposition needs a rank of at least 1, got {min(ranks)}")
+    there = weights[0].device if weights else CPU
+    if there != CPU and sweep_flops(weights[0].shape, max(ranks)) < DEVICE_FLOPS:
+        here = [weight.to(CPU) for weight in weights]
+        known = [fit and fit.to(CPU) for fit in starts or [None] * len(weights)]
+        found = cp_each(
+            here, ranks, starts=starts and known, iterations=iterations, tolerance=tolerance, seed=seed, ridge=ridge
+        )
+        return [fit.to(there) for fit in found]
     exact = [exact_factors(weight, rank) for weight, rank in zip(weights, ranks, strict=True)]
     fits = [None if factors is None else CP(*balanced(factors), error=0.0) for factors in exact]
     open_ = [index for index, fit in enumerate(fits) if fit is None]

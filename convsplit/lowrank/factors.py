@@ -6,12 +6,14 @@ Shape letters as in spec.py; N, P and Q stand for O, I and K in some order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 Factors = tuple[Tensor, Tensor, Tensor]  # A [G, O, R], B [G, I, R], C [G, K, R]
 
+CPU = torch.device("cpu")
 CALLS = 2e7  # operations that take as long as calling those of a sweep
 
 
@@ -34,6 +36,11 @@ class CP:
     @property
     def rank(self) -> int:
         return self.A.shape[-1]
+
+    def to(self, device: torch.device) -> CP:
+        """The same on a device."""
+        A, B, C = (factor.to(device) for factor in (self.A, self.B, self.C))
+        return replace(self, A=A, B=B, C=C)
 
     def kernel(self) -> Tensor:
         """The kernel [G,O,I,K] these components sum to."""
