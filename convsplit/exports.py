@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from convsplit.folding import folded
 from convsplit.measure.timing import prepared, time_runs
 from convsplit.model.copies import scratch_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
-from convsplit.model.running import Batch, Forward, quiet_run, run_or_explain, tensors_in
+from convsplit.model.running import Batch, Forward, device_of, quiet_run, run_or_explain, tensors_in
 from convsplit.runtimes import runtime_of
 from convsplit.runtimes.onnx_models import as_arrays, flattened, sizes_that_vary, write_onnx
 from convsplit.runtimes.onnx_runtimes import FromOnnx
@@ -77,7 +77,7 @@ def export(
     Args:
         converted: the model, converted or not; it is not changed. Its batch norm is folded in the file.
         path: the file: `.onnx` for "onnxruntime", `.xml` (with a `.bin` beside it) for "openvino", `.pt2` for "torch".
-        example_inputs: what the model is called with, on the CPU; its tensors become the inputs of the file, in order.
+        example_inputs: what the model is called with; its tensors become the inputs of the file, in order.
         runtime: "onnxruntime", "openvino" or "torch" (`torch.export`, without Python code).
         dynamic: dimensions of every input that may have other sizes later: `(0,)` for the batch, `(0, 2, 3)` for the
             size of images too. The file is then also checked with more inputs or twice the size.
@@ -101,6 +101,8 @@ def export(
         known = ", ".join(f"{suffix} for {name!r}" for name, suffix in SUFFIXES.items())
         raise ValueError(f"export to {path.name} for runtime {where.name!r}: want {known}")
     model = scratch_copy(converted)
+    if where.name != "torch":  # these files are checked on the CPU, and know of no device
+        model, example_inputs = model.cpu(), _on_cpu(example_inputs)
     smaller = folded(model, example_inputs, forward)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
@@ -199,8 +201,12 @@ def _timed(
             run(batch)
 
     ready = [prepared(eager, model, batch, forward), from_file]
-    before, after = time_runs(ready, eager.clock(torch.device("cpu")), seconds=seconds)
+    before, after = time_runs(ready, eager.clock(device_of(model, batch)), seconds=seconds)
     return before.total, after.total
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    return tree_map_only(Tensor, Tensor.cpu, batch)
 
 
 def _at_least_two(batch: Batch, axes: Sequence[int]) -> Batch:
@@ -219,7 +225,7 @@ def _resized(batch: Batch, axes: Sequence[int], size_of: Callable[[int, int], in
             return value
         for axis in axes:
             if axis < value.dim():
-                places = torch.arange(size_of(axis, value.shape[axis])) % value.shape[axis]
+                places = torch.arange(size_of(axis, value.shape[axis]), device=value.device) % value.shape[axis]
                 value = value.index_select(axis, places)
         return value
 

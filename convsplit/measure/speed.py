@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from convsplit.choose.allocation import allocate
@@ -22,7 +21,7 @@ from convsplit.choose.plan import Conditions, Plan, PlannedLayer
 from convsplit.measure.stopwatch import Stopwatch, with_noise
 from convsplit.measure.timing import Timing, conditions_of, prepared, time_models, time_runs
 from convsplit.model.copies import scratch_copy
-from convsplit.model.running import Batch, Forward, tensors_in
+from convsplit.model.running import Batch, Forward, device_of
 from convsplit.rewrite import apply_plan
 from convsplit.runtimes import Runtime
 from convsplit.tables import milliseconds
@@ -176,7 +175,7 @@ class _Within:
 
     def __init__(self, model: nn.Module, example_inputs: Batch, forward: Forward | None, runtime: Runtime) -> None:
         self.model, self.inputs, self.forward, self.runtime = model, example_inputs, forward, runtime
-        self.clock = runtime.clock(next((t.device for t in tensors_in(example_inputs)), torch.device("cpu")))
+        self.clock = runtime.clock(device_of(model, example_inputs))
         self.run = None if runtime.inside else prepared(runtime, model, example_inputs, forward)
 
     def alone(self) -> Timing:

@@ -217,9 +217,14 @@ def _in_blocks(menu: Menu, block: int) -> Menu:
 def _arranged(
     layer: SeparableConv, shapes: Sequence[Shape], arrangements: Sequence[str] = ARRANGEMENTS
 ) -> dict[str, SeparableConv]:
-    """Copies of a layer in each arrangement that it has and that may pay on inputs of these shapes."""
+    """Copies of a layer in each arrangement that it has and that may pay on inputs of these shapes.
+
+    Image by image on the CPU alone: devices that run thousands of operations at once want all images.
+    """
 
     def exceeds_cache(shape: Shape) -> bool:
+        if layer.geometry.weight.device.type != "cpu":
+            return False
         images, _, *size = shape if len(shape) == layer.axes + 2 else (1, *shape)
         return images > 1 and images * layer.components * math.prod(size) > LARGE
 

@@ -16,7 +16,7 @@ from torch import nn
 from convsplit.choose.plan import Conditions
 from convsplit.model.guards import same_globals
 from convsplit.model.hooks import Given, hooked
-from convsplit.model.running import Batch, Forward, call, quiet_run, tensors_in
+from convsplit.model.running import Batch, Forward, call, device_of, quiet_run, tensors_in
 from convsplit.runtimes import Runtime, runtime_of
 from convsplit.runtimes.base import Prepare, Run
 
@@ -106,7 +106,7 @@ def time_models(
     are timed in eager PyTorch alone: other runtimes do not let anybody look inside.
     """
     runs, run = runtime_of(runtime), forward or call
-    device = next((t.device for t in tensors_in(batch)), torch.device("cpu"))
+    device = device_of(nn.ModuleList(models), batch)
     if not runs.inside:
         ready = [prepared(runs, model, batch, forward) for model in models]
         return time_runs(ready, runs.clock(device), seconds=seconds)

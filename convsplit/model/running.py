@@ -33,6 +33,12 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def device_of(model: nn.Module, batch: Batch) -> torch.device:
+    """Where a model works on a batch: on a device beside the CPU if any of their tensors is there."""
+    found = (tensor.device for tensor in (*model.parameters(), *model.buffers(), *tensors_in(batch)))
+    return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
+
+
 def batches_in(inputs: Any) -> Iterable[Batch]:
     """One example input (tensor, tuple, dict) as a single batch; any other iterable as the batches it yields."""
     if isinstance(inputs, Tensor | tuple | Mapping):
@@ -181,4 +187,17 @@ def _explain(error: Exception, model: nn.Module, batch: Batch, entered: list[tup
             "several batches, make it a list; where it holds images and labels, say "
             "forward=lambda model, batch: model(batch[0])"
         )
-    return text
+    return text + _devices(model, batch)
+
+
+def _devices(model: nn.Module, batch: Batch) -> str:
+    """What to do about inputs that are elsewhere than the model; a model on several devices places them itself."""
+    inputs = {str(tensor.device) for tensor in tensors_in(batch)}
+    home = {str(parameter.device) for parameter in model.parameters()}
+    if len(home) != 1 or inputs <= home:
+        return ""
+    there = home.pop()
+    return (
+        f". The model is on {there}, the inputs on {' and '.join(sorted(inputs))}: move them there, one by one as "
+        f"they are read with forward=lambda model, batch: model(batch.to({there!r}))"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsplit.model.running import Batch, Forward, call, tensors_in
+from convsplit.model.running import Batch, Forward, call, device_of
 from convsplit.runtimes.base import Run, Runtime, clock_of_cpu
 
 WARM_UP = 3  # runs before a CUDA graph is recorded: libraries choose kernels and reserve memory meanwhile
@@ -34,14 +34,14 @@ class Torch(Runtime):
         return clock_of_cpu(device) or super().clock(device)
 
     def prepare(self, model: nn.Module, batch: Batch, forward: Forward | None = None) -> Run:
-        """Compile or record where asked to; parameters and inputs have to be on the same device.
+        """Compile or record where asked to.
 
         Raises:
             ValueError: a CUDA graph of a model that is not on a CUDA device.
         """
         run = forward or call
         ready: Any = torch.compile(model) if self.compiled else model
-        device = next((t.device for t in tensors_in(batch)), torch.device("cpu"))
+        device = device_of(model, batch)
 
         def plain() -> None:
             with torch.no_grad():
@@ -65,7 +65,7 @@ class Torch(Runtime):
 def _recorded(run: Callable[[], Any], device: torch.device) -> Run:
     """One replay of the run as a CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs)."""
     if device.type != "cuda":
-        raise ValueError(f"runtime 'torch.cuda_graph' is for CUDA; the inputs are on {device}")
+        raise ValueError(f"runtime 'torch.cuda_graph' is for CUDA; the model is on {device}")
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

@@ -72,7 +72,7 @@ class FromOnnx(Runtime):
 
 @dataclass(frozen=True)
 class OnnxRuntime(FromOnnx):
-    """ONNX Runtime; on CUDA where the model is there and its CUDA provider is installed."""
+    """ONNX Runtime, on the CPU wherever the model is."""
 
     needs: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript")
     extra: str = "onnx"
