@@ -7,7 +7,9 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from convsplit.api import study
 from convsplit.choose.budget import KINDS, MINIMISED, Budget
@@ -19,6 +21,7 @@ from convsplit.cli.sources import EXAMPLES
 from convsplit.forms import KNOWN
 from convsplit.measure.speed import PREFERENCES
 from convsplit.measure.stopwatch import Stopwatch
+from convsplit.model.running import Batch
 from convsplit.report.found import Found
 from convsplit.runtimes import RUNTIMES
 from convsplit.studies import Study
@@ -40,6 +43,9 @@ def model_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--weights", metavar="FILE", type=Path, help=".safetensors, or a checkpoint of plain tensors")
     group.add_argument("--download", action="store_true", help="let the library fetch what is not on this disk")
+    group.add_argument(
+        "--device", metavar="NAME", type=device, default=torch.device("cpu"), help="where it runs, such as cuda (cpu)"
+    )
 
 
 def input_arguments(parser: ArgumentParser) -> None:
@@ -130,7 +136,7 @@ def output_arguments(parser: ArgumentParser) -> None:
 
 def model_of(args: Namespace) -> nn.Module:
     """The model a command line names."""
-    return load_model(args.model, dict(args.model_arg), args.weights, download=args.download)
+    return load_model(args.model, dict(args.model_arg), args.weights, download=args.download).to(args.device)
 
 
 def inputs_of(args: Namespace) -> list[Any]:
@@ -139,7 +145,13 @@ def inputs_of(args: Namespace) -> list[Any]:
 
 
 def _batches_of(args: Namespace, sources: list[str]) -> list[Any]:
-    return read_inputs(sources, batch=args.batch, limit=args.limit, size=args.image_size, seed=args.seed)
+    batches = read_inputs(sources, batch=args.batch, limit=args.limit, size=args.image_size, seed=args.seed)
+    return [moved(batch, args.device) for batch in batches]
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The same inputs on a device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def required_inputs_of(args: Namespace) -> list[Any]:
@@ -227,6 +239,16 @@ def budget(text: str) -> Budget:
         return Budget(**given)
     except (ValueError, TypeError) as error:
         raise ArgumentTypeError(str(error)) from error
+
+
+def device(text: str) -> torch.device:
+    """Read `cuda` or `cuda:1`, of a device that is here."""
+    try:
+        found = torch.device(text)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentTypeError(f"{text!r} is no device of this machine: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def forms(text: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from convsplit.cli.arguments import (
     inputs_of,
     model_arguments,
     model_of,
+    moved,
     numbers,
     out_argument,
     output_arguments,
@@ -94,7 +95,8 @@ def convert(args: Namespace) -> None:
     known = study_of(args, model_of(args), inputs_of(args))
     found = found_of(args, known)
     chosen = plan_of(args, known) if found is None else found.plan
-    keep(known.apply(chosen) if found is None else found.model, known.example_inputs)
+    converted = known.apply(chosen) if found is None else found.model
+    keep(converted.cpu(), moved(known.example_inputs, torch.device("cpu")))
     seconds = time.perf_counter() - started
     if args.json:
         searched = {} if found is None else {"search": json.loads(found.to_json())}

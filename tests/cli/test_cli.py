@@ -168,6 +168,7 @@ def test_several_and_named_inputs() -> None:
         (["plan", "cli_model:net", "--budget", "params=2"], 2, "fraction in (0, 1]"),
         (["plan", "cli_model:net", "--forms", "dw-pv"], 2, "did you mean dw-pw?"),
         (["plan", "cli_model:net", "--rank", "0"], 2, "whole number"),
+        (["plan", "cli_model:net", "--device", "cudda"], 2, "'cudda' is no device of this machine"),
         (["plan", "cli_model:net", "--budget", "params=0.5", "--rank", "1"], 2, "not allowed with"),
         (["plan", "cli_model:net", "--model-arg", "classes"], 2, "name=value"),
         (["report", "cli_model:net"], 2, "--input"),
