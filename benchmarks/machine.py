@@ -16,10 +16,11 @@ PACKAGES = (
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, cores and the threads that torch uses."""
+    """Processor, cores and the threads that torch uses; the GPU, where there is one."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": processor(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(),
-        "system": platform.system(), "architecture": platform.machine(),
+        "system": platform.system(), "architecture": platform.machine(), **gpu,
     }  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--budgets", type=budget, nargs="+", default=BUDGETS, help="such as macs=0.25")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the layers of each case")
     parser.add_argument("--deployed", action="store_true")
+    parser.add_argument("--device", default="cpu", help="cuda, with --runtimes torch torch.amp torch.cuda_graph")
 
 
 QUICK = {
@@ -109,6 +110,7 @@ QUICK = {
 def measure(arguments: Namespace) -> Iterator[Sheet]:
     torch.set_num_threads(arguments.threads)
     for name, model, image, batches in cases(arguments):
+        model, image = model.to(arguments.device), image.to(arguments.device)
         for batch in batches:  # one by one, so that an interrupted run leaves what it has measured
             found = convsplit.bench(
                 model, image, budgets=arguments.budgets, batch_sizes=[batch], threads=[arguments.threads],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from residual import SmallNet, Untraceable, images, small_net
 from timm.layers import StdConv2d
-from torch import nn
+from torch import Tensor, nn
 
 import convsplit
 from convsplit import Budget, Plan, SeparableConv2d
@@ -368,3 +368,17 @@ def test_what_was_asked_for_is_no_reason_to_warn():
         warnings.simplefilter("error")
         convsplit.convert(model, skip="*")
         convsplit.convert(model, budget=Budget(params=1.0))
+
+
+class AtHome(nn.Sequential):
+    """As any model on a GPU: inputs that are elsewhere are refused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device != self[0].weight.device:
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return super().forward(x)
+
+
+def test_inputs_that_are_elsewhere_are_told_where_to_go() -> None:
+    with pytest.raises(ValueError, match=r"The model is on cpu, the inputs on meta: .*batch\.to\('cpu'\)"):
+        convsplit.make_plan(AtHome(nn.Conv2d(3, 8, 3)), torch.randn(1, 3, 9, 9, device="meta"))
