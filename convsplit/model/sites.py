@@ -21,6 +21,7 @@ from convsplit.spec import ConvSpec, is_plain, noun
 POINTWISE = '1x1 kernel: already pointwise; "pw-pw" among forms= splits it'  # a reason
 SKIPPED = "skipped as asked"  # another
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WITHOUT_FLOAT64 = ("mps",)  # kinds of devices; sums of squares and small fits are in float64
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -143,6 +144,8 @@ def _shape_reason(spec: ConvSpec, pointwise: bool = False) -> str:
 def _weight_reason(weight: Tensor) -> str:
     if weight.is_meta:
         return "on the meta device: there are no values to factorise"
+    if weight.device.type in WITHOUT_FLOAT64:
+        return f"on {weight.device.type}, which has no float64: convert model.cpu(), and move the result there"
     if type(weight.data) is not Tensor or weight.layout is not torch.strided:
         return f"weight stored as {type(weight.data).__name__} with layout {weight.layout}"
     if weight.dtype not in DTYPES:

@@ -382,3 +382,9 @@ class AtHome(nn.Sequential):
 def test_inputs_that_are_elsewhere_are_told_where_to_go() -> None:
     with pytest.raises(ValueError, match=r"The model is on cpu, the inputs on meta: .*batch\.to\('cpu'\)"):
         convsplit.make_plan(AtHome(nn.Conv2d(3, 8, 3)), torch.randn(1, 3, 9, 9, device="meta"))
+
+
+def test_devices_without_float64_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convsplit.model.sites.WITHOUT_FLOAT64", ("cpu",))
+    with pytest.warns(convsplit.ConversionWarning, match=r"on cpu, which has no float64: convert model\.cpu\(\)"):
+        convsplit.convert(small_net(), calibration=images(8))
