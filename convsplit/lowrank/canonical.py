@@ -85,12 +85,8 @@ def cp_each(
         raise ValueError(f"a CP decomposition needs a rank of at least 1, got {min(ranks)}")
     there = weights[0].device if weights else CPU
     if there != CPU and sweep_flops(weights[0].shape, max(ranks)) < DEVICE_FLOPS:
-        here = [weight.to(CPU) for weight in weights]
-        known = [fit and fit.to(CPU) for fit in starts or [None] * len(weights)]
-        found = cp_each(
-            here, ranks, starts=starts and known, iterations=iterations, tolerance=tolerance, seed=seed, ridge=ridge
-        )
-        return [fit.to(there) for fit in found]
+        weights = [weight.to(CPU) for weight in weights]
+        starts = starts and [fit and fit.to(CPU) for fit in starts]
     exact = [exact_factors(weight, rank) for weight, rank in zip(weights, ranks, strict=True)]
     fits = [None if factors is None else CP(*balanced(factors), error=0.0) for factors in exact]
     open_ = [index for index, fit in enumerate(fits) if fit is None]
@@ -113,7 +109,7 @@ def cp_each(
         blurred = [index for index in open_ if cast(CP, fits[index]).error ** 2 < FLOAT64_LOSS]
         if blurred and dtype == torch.float32 and iterations is None:
             fitted(blurred, torch.float64, fits)
-    return cast(list[CP], fits)
+    return [cast(CP, fit).to(there) for fit in fits]
 
 
 def fit_work(shape: Sequence[int], rank: int) -> float:
