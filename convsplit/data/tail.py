@@ -12,6 +12,7 @@ the shortcut. Two things can be gained by fitting that instead of y:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,8 @@ class Tail:
             return z
         scale, shift = self.scale.to(z)[:, None], self.shift.to(z)[:, None]
         audible = scale.abs() > FAINT * scale.abs().max()
+        if audible.all():
+            return (z - shift) / scale
         return torch.where(audible, (z - shift) / torch.where(audible, scale, 1.0), otherwise)
 
     def activated(self, z: Tensor) -> Tensor:
@@ -64,6 +67,8 @@ class Tail:
         if self.ceiling is None:
             return wanted
         target = torch.where(wanted > 0, wanted, current.clamp_max(0))
+        if math.isinf(self.ceiling):
+            return target
         return torch.where(wanted < self.ceiling, target, current.clamp_min(self.ceiling))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,16 +71,16 @@ class Samples:
     def targets(self) -> list[Tensor]:
         """What the layer should answer [O, n] in each batch, so that the model goes on as the original does."""
         return [
-            self.tail.question(self._wanted(sample), sample.added, otherwise=sample.answers)
-            for sample in self.batches
+            self.tail.question(wanted, sample.added, otherwise=sample.answers)
+            for sample, wanted in zip(self.batches, self.wanted, strict=True)
         ]
 
     def nearest_targets(self, kernel: Tensor, bias: Tensor) -> list[Tensor]:
         """The same where any answer that the activation makes equal will do: those nearest to the current ones."""
         found = []
-        for sample in self.batches:
+        for sample, wanted in zip(self.batches, self.wanted, strict=True):
             current = self.tail.answer(_answer(sample, kernel, bias), sample.added)
-            z = self.tail.nearest(self._wanted(sample), current)
+            z = self.tail.nearest(wanted, current)
             found.append(self.tail.question(z, sample.added, otherwise=sample.answers))
         return found
 
@@ -95,23 +96,32 @@ class Samples:
 
     def error(self, kernel: Tensor, bias: Tensor) -> float:
         """Squared error of what the model passes on, for kernels [G, O, I, K], relative to its variance."""
-        missed = energy = total = torch.zeros((), dtype=torch.float64, device="cpu")
-        for sample in self.batches:
-            wanted = self.tail.activated(self._wanted(sample))
+        missed = torch.zeros((), dtype=torch.float64, device="cpu")
+        for sample, wanted in zip(self.batches, self.wanted, strict=True):
             z = self.tail.answer(_answer(sample, kernel, bias), sample.added)
-            missed = missed + (self.tail.activated(z) - wanted).double().square().sum()
-            energy, total = energy + wanted.double().square().sum(), total + wanted.double().sum(1)
-        count = all_reduced(torch.tensor(sum(sample.answers.shape[1] for sample in self.batches), device="cpu"))
-        variance = all_reduced(energy) - all_reduced(total).square().sum() / count
-        return float(all_reduced(missed) / variance.clamp_min(torch.finfo(torch.float64).tiny))
+            missed = missed + (self.tail.activated(z) - self.tail.activated(wanted)).double().square().sum()
+        return float(all_reduced(missed) / self._variance.clamp_min(torch.finfo(torch.float64).tiny))
 
-    def _wanted(self, sample: Sample) -> Tensor:
-        return self.tail.answer(sample.answers, sample.shortcuts[0] if sample.shortcuts else None)
+    @cached_property
+    def wanted(self) -> list[Tensor]:
+        """What stands before the activation in the original [O, n], in each batch."""
+        return [
+            self.tail.answer(sample.answers, sample.shortcuts[0] if sample.shortcuts else None)
+            for sample in self.batches
+        ]
+
+    @cached_property
+    def _variance(self) -> Tensor:
+        """Of what the original passes on, summed over positions and channels of all processes."""
+        sums = [(y.double().square().sum(), y.double().sum(1)) for y in map(self.tail.activated, self.wanted)]
+        energy, total = (_total(parts) for parts in zip(*sums, strict=True))
+        count = all_reduced(torch.tensor(sum(sample.positions for sample in self.batches), device="cpu"))
+        return energy - total.square().sum() / count
 
 
 def _answer(sample: Sample, kernel: Tensor, bias: Tensor) -> Tensor:
     weights = kernel.flatten(2).to(sample.patches)
-    return (weights @ sample.patches).flatten(0, 1) + bias.to(sample.patches)[:, None]
+    return (weights @ sample.patches).flatten(0, 1).add_(bias.to(sample.patches)[:, None])
 
 
 def take_samples(
