@@ -55,10 +55,11 @@ class Metric:
 
     def times(self, filters: Tensor) -> Tensor:
         """S times filters [P, R], in float32 where P is large: it rounds off far less than the ridge adds."""
-        return (self._narrow @ filters.to(self._narrow.dtype)).to(filters.dtype)
+        return (self.narrow @ filters.to(self.narrow.dtype)).to(filters.dtype)
 
     @cached_property
-    def _narrow(self) -> Tensor:
+    def narrow(self) -> Tensor:
+        """S in the precision that it is multiplied in."""
         return self.S.float() if len(self.S) > WIDE else self.S
 
     @cached_property
@@ -209,7 +210,7 @@ def fit_spatial_last(problem: Quadratic, B: Tensor, start: Factors) -> Tensor:
     assert start.channels is not None
     channels = start.channels[0]
     O, I, K = problem.pull.shape
-    S = problem.metric.S.reshape(I, K * I * K)
+    S = problem.metric.narrow.reshape(I, K * I * K)
     spatial = torch.zeros(len(channels), K, dtype=B.dtype, device=B.device)
     counts = torch.bincount(channels, minlength=O)
     for count in torch.unique(counts).tolist():
@@ -217,10 +218,10 @@ def fit_spatial_last(problem: Quadratic, B: Tensor, start: Factors) -> Tensor:
         for some in torch.split((counts == count).nonzero().squeeze(1), at_once) if count else ():
             own = torch.isin(channels, some).nonzero().squeeze(1)  # `count` of each channel in turn, as channels rise
             b = B[:, own].reshape(I, len(some), count)
-            mixed = (b.flatten(1).mT @ S).reshape(len(some), count, K, I, K)
-            normal = torch.einsum("cmkil,icn->cmknl", mixed, b).reshape(len(some), count * K, count * K)
+            mixed = (b.flatten(1).to(S).mT @ S).reshape(len(some), count, K, I, K)
+            normal = torch.einsum("cmkil,icn->cmknl", mixed, b.to(S)).reshape(len(some), count * K, count * K)
             rhs = torch.einsum("icm,cik->cmk", b, problem.pull[some]).reshape(len(some), -1, 1)
-            spatial[own] = _cholesky_solve(normal, rhs).reshape(-1, K)
+            spatial[own] = _cholesky_solve(normal.to(rhs), rhs).reshape(-1, K)
     return spatial
 
 
@@ -247,10 +248,10 @@ def _improved(
     filters: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
     """A few conjugate gradient steps on gather(S filters(X) gram) = gather(pull), preconditioned by own x mixed."""
-    shape = (-1, problem.metric.K, residual.shape[1])
+    shape, S = (-1, problem.metric.K, residual.shape[1]), problem.metric.narrow
 
     def apply(X: Tensor) -> Tensor:
-        return gather((problem.metric.times(filters(X)) @ gram).reshape(shape))
+        return gather((S @ filters(X).to(S) @ gram.to(S)).to(X).reshape(shape))
 
     return _conjugate_gradients(apply, _kronecker_inverse(own, mixed), start, gather(residual.reshape(shape)))
 
