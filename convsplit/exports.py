@@ -102,7 +102,8 @@ def export(
         raise ValueError(f"export to {path.name} for runtime {where.name!r}: want {known}")
     model = scratch_copy(converted)
     if where.name != "torch":  # these files are checked on the CPU, and know of no device
-        model, example_inputs = model.cpu(), _on_cpu(example_inputs)
+        model.cpu()
+        example_inputs = tree_map_only(Tensor, Tensor.cpu, example_inputs)
     smaller = folded(model, example_inputs, forward)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
@@ -203,10 +204,6 @@ def _timed(
     ready = [prepared(eager, model, batch, forward), from_file]
     before, after = time_runs(ready, eager.clock(device_of(model, batch)), seconds=seconds)
     return before.total, after.total
-
-
-def _on_cpu(batch: Batch) -> Batch:
-    return tree_map_only(Tensor, Tensor.cpu, batch)
 
 
 def _at_least_two(batch: Batch, axes: Sequence[int]) -> Batch:

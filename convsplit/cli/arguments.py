@@ -135,8 +135,10 @@ def output_arguments(parser: ArgumentParser) -> None:
 
 
 def model_of(args: Namespace) -> nn.Module:
-    """The model a command line names."""
-    return load_model(args.model, dict(args.model_arg), args.weights, download=args.download).to(args.device)
+    """The model a command line names, on its device."""
+    model = load_model(args.model, dict(args.model_arg), args.weights, download=args.download)
+    model.to(args.device)  # not chained: a model's own may return nothing
+    return model
 
 
 def inputs_of(args: Namespace) -> list[Any]:

@@ -96,7 +96,8 @@ def convert(args: Namespace) -> None:
     found = found_of(args, known)
     chosen = plan_of(args, known) if found is None else found.plan
     converted = known.apply(chosen) if found is None else found.model
-    keep(converted.cpu(), moved(known.example_inputs, torch.device("cpu")))
+    converted.cpu()
+    keep(converted, moved(known.example_inputs, torch.device("cpu")))
     seconds = time.perf_counter() - started
     if args.json:
         searched = {} if found is None else {"search": json.loads(found.to_json())}
