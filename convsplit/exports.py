@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map
 
 from convsplit.folding import folded
 from convsplit.measure.timing import prepared, time_runs
 from convsplit.model.copies import scratch_copy
 from convsplit.model.guards import plain_arithmetic, same_globals
-from convsplit.model.running import Batch, Forward, device_of, quiet_run, run_or_explain, tensors_in
+from convsplit.model.running import Batch, Forward, device_of, moved, quiet_run, run_or_explain, tensors_in
 from convsplit.runtimes import runtime_of
 from convsplit.runtimes.onnx_models import as_arrays, flattened, sizes_that_vary, write_onnx
 from convsplit.runtimes.onnx_runtimes import FromOnnx
@@ -103,7 +103,7 @@ def export(
     model = scratch_copy(converted)
     if where.name != "torch":  # these files are checked on the CPU, and know of no device
         model.cpu()
-        example_inputs = tree_map_only(Tensor, Tensor.cpu, example_inputs)
+        example_inputs = moved(example_inputs, "cpu")
     smaller = folded(model, example_inputs, forward)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".export") as folder:

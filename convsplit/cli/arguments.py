@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from convsplit.api import study
 from convsplit.choose.budget import KINDS, MINIMISED, Budget
@@ -21,7 +20,7 @@ from convsplit.cli.sources import EXAMPLES
 from convsplit.forms import KNOWN
 from convsplit.measure.speed import PREFERENCES
 from convsplit.measure.stopwatch import Stopwatch
-from convsplit.model.running import Batch
+from convsplit.model.running import moved
 from convsplit.report.found import Found
 from convsplit.runtimes import RUNTIMES
 from convsplit.studies import Study
@@ -149,11 +148,6 @@ def inputs_of(args: Namespace) -> list[Any]:
 def _batches_of(args: Namespace, sources: list[str]) -> list[Any]:
     batches = read_inputs(sources, batch=args.batch, limit=args.limit, size=args.image_size, seed=args.seed)
     return [moved(batch, args.device) for batch in batches]
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """The same inputs on a device."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def required_inputs_of(args: Namespace) -> list[Any]:

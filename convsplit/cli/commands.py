@@ -29,7 +29,6 @@ from convsplit.cli.arguments import (
     inputs_of,
     model_arguments,
     model_of,
-    moved,
     numbers,
     out_argument,
     output_arguments,
@@ -50,6 +49,7 @@ from convsplit.exports import export as export_model
 from convsplit.layers.separable import SeparableConv
 from convsplit.measure.bench import LAYOUTS, Bench
 from convsplit.measure.speed import PREFERENCES
+from convsplit.model.running import moved
 from convsplit.repair.refitting import refit as refit_layers
 from convsplit.report import Frontier, compare
 from convsplit.rewrite import merge as merge_layers
@@ -97,7 +97,7 @@ def convert(args: Namespace) -> None:
     chosen = plan_of(args, known) if found is None else found.plan
     converted = known.apply(chosen) if found is None else found.model
     converted.cpu()
-    keep(converted, moved(known.example_inputs, torch.device("cpu")))
+    keep(converted, moved(known.example_inputs, "cpu"))
     seconds = time.perf_counter() - started
     if args.json:
         searched = {} if found is None else {"search": json.loads(found.to_json())}

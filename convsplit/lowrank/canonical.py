@@ -32,8 +32,8 @@ FIT_FLOPS = 1.4e10  # what one fit may cost, unless that is less than MIN_SWEEPS
 MIN_SWEEPS, MAX_SWEEPS = 3, 300
 TINY_FLOPS = 4e6  # per sweep; kernels below it try several starts, up to
 MAX_STARTS = 8
-# Per sweep; kernels below it are fitted on the CPU wherever they are. A sweep is about sixty calls, which alone take a
-# GPU as long as one thread of a CPU takes for all of 64x64x9 at rank 136, 3.5e7 (benchmarks/results/cuda.md).
+# Per sweep; kernels below it are fitted on the CPU wherever they are. A sweep is about sixty calls: at 3.5e7 a GPU is
+# as slow as one thread of a CPU, at 3e8 it takes a third, but threads fit several kernels at once (results/cuda.md).
 DEVICE_FLOPS = 3e8
 TOLERANCE = 1e-5  # of the error, per sweep; of fits swept together the mean counts, which hides what one still gains
 

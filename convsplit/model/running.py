@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
 from convsplit.model.guards import RandomState, same_globals
 from convsplit.model.hooks import Given, hooked
@@ -37,6 +38,11 @@ def device_of(model: nn.Module, batch: Batch) -> torch.device:
     """Where a model works on a batch: on a device beside the CPU if any of their tensors is there."""
     found = (tensor.device for tensor in (*model.parameters(), *model.buffers(), *tensors_in(batch)))
     return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
+
+
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    """The same batch with its tensors on a device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def batches_in(inputs: Any) -> Iterable[Batch]:
