@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import tensorly as tl
 import torch
@@ -13,7 +14,12 @@ from convsplit.lowrank.factors import Factors, each, norms, reconstruct
 from convsplit.lowrank.svd import slice_svd
 
 
-def svd_start(weight: Tensor, rank: int, seed: int, problems: int = 1) -> Factors:
+BY_POSITION, BY_INPUT, BY_OUTPUT = 3, 2, 1  # modes of [G,O,I,K]
+
+
+def svd_start(
+    weight: Tensor, rank: int, seed: int, problems: int = 1, modes: Sequence[int] = (BY_POSITION, BY_INPUT, BY_OUTPUT)
+) -> Factors:
     """The best of three exact-in-the-limit SVD forms with `rank` components, for each of some equal shares of groups.
 
     Cut W into slices along one mode, take the SVD of every slice, keep the largest singular values of all slices
@@ -21,7 +27,7 @@ def svd_start(weight: Tensor, rank: int, seed: int, problems: int = 1) -> Factor
     turned to their principal axes, as a few of those carry most of a trained kernel.
     """
     with tl.backend_context("pytorch", local_threadsafe=True):
-        starts = [_slice_form(weight, mode, rank, seed) for mode in (3, 2, 1)]
+        starts = [_slice_form(weight, mode, rank, seed) for mode in modes]
     captured = torch.stack([energy.view(problems, -1).sum(1) for energy, _ in starts])
     best = captured.argmax(0).repeat_interleave(len(weight) // problems).tolist()
     forms = [_padded(factors, rank, seed, problems) for _, factors in starts]
@@ -61,7 +67,7 @@ def _slice_form(weight: Tensor, mode: int, rank: int, seed: int) -> tuple[Tensor
     slices = weight.movedim(mode, 1)  # [G,N,P,Q]
     G, N, P, Q = slices.shape
     axes = torch.eye(N, dtype=weight.dtype, device=weight.device).expand(G, N, N)
-    if mode == 3:
+    if mode == BY_POSITION:
         unfolded = slices.flatten(2)
         axes = tl.eigh(unfolded @ unfolded.mT)[1]  # columns
         slices = (axes.mT @ unfolded).view(G, N, P, Q)
@@ -125,10 +131,13 @@ def _padded(factors: Factors, rank: int, seed: int, problems: int = 1) -> Factor
 
 
 def resized(weight: Tensor, factors: Factors, rank: int, seed: int, problems: int = 1) -> Factors:
-    """`factors` cut to their `rank` largest components, or grown by the SVD form of what they leave."""
+    """`factors` cut to their `rank` largest components, or grown by an SVD form of what they leave.
+
+    By positions alone: of all residuals of the fits of ResNet-20, ResNet-56 and InceptionV3 it was the best form.
+    """
     have = factors[0].shape[-1]
     if have < rank:
-        extra = svd_start(weight - reconstruct(factors), rank - have, seed, problems)
+        extra = svd_start(weight - reconstruct(factors), rank - have, seed, problems, modes=(BY_POSITION,))
         return each(lambda *parts: torch.cat(parts, dim=-1), factors, extra)
     keep = norms(factors).topk(rank, dim=1).indices[:, None]
     return each(lambda factor: factor.gather(2, keep.expand(-1, factor.shape[1], -1)), factors)
