@@ -1,12 +1,13 @@
-"""Layers side by side, each on a thread of its own: a single layer would not keep all cores busy."""
+"""Layers, or batches, side by side, each on a thread of its own: a single one would not keep all cores busy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from convsplit.progress import track
 
 MOST_WORKERS = 8
 MOST_WEIGHTS = 2**25  # of all layers under way; a fit's arrays take some thirty times as much memory
+LEAST_WEIGHTS = 2**20  # of a batch: below, starting a thread takes as long as what it does
 BATCH_WEIGHTS = 2**16  # of alike layers that are worked on together: above, calls cost less than what they compute
 
 T = TypeVar("T")
@@ -41,19 +43,12 @@ def in_parallel(
     [1, 9, 4]
     """
     cost = cost or size
-    threads = torch.get_num_threads()
-    affordable = int(MOST_WEIGHTS / max(map(size, items), default=1.0))
-    workers = min(threads, MOST_WORKERS, len(items), affordable)
+    workers = min(_workers(max(map(size, items), default=1.0)), len(items))
     if workers < 2:
         return [function(item) for item in track(items, description, cost=cost, progress=progress)]
-    grad = torch.is_grad_enabled()  # each thread has its own
-
-    def run(item: T) -> Result:
-        with torch.set_grad_enabled(grad):
-            return function(item)
-
+    run = _as_here(function)
     order = sorted(range(len(items)), key=lambda index: -size(items[index]))
-    with _threads_each(threads // workers), ThreadPoolExecutor(workers) as pool:
+    with _pool(workers) as pool:
         futures = {index: pool.submit(run, items[index]) for index in order}
         try:
             shown = track(order, description, cost=lambda index: cost(items[index]), progress=progress)
@@ -62,6 +57,43 @@ def in_parallel(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [found[index] for index in range(len(items))]
+
+
+def side_by_side(
+    function: Callable[[T], Result],
+    items: Iterable[T],
+    *,
+    read: float,
+    made: float,
+    device: torch.device | None = None,
+) -> Iterator[Result]:
+    """`map(function, items)` for what takes milliseconds, an item on each thread that torch may use.
+
+    Operations on one batch leave threads waiting for one another between them; batches on threads of their own do not.
+    `read` and `made` are how many numbers an item and its result hold. At most as many results as threads wait to be
+    taken. One after the other where little is read, and on a `device` that is not the CPU: its queue keeps that busy,
+    and other threads would use another one.
+
+    >>> list(side_by_side(lambda number: number**2, [1, 3, 2], read=1, made=1))
+    [1, 9, 4]
+    """
+    rest = iter(items)
+    worthwhile = read >= LEAST_WEIGHTS and (device is None or device.type == "cpu")
+    first = list(islice(rest, _workers(made) if worthwhile else 1))
+    if len(first) < 2:
+        yield from map(function, chain(first, rest))
+        return
+    run = _as_here(function)
+    with _pool(len(first)) as pool:
+        waiting: deque[Future[Result]] = deque(pool.submit(run, item) for item in first)
+        try:
+            while waiting:
+                found = waiting.popleft().result()
+                waiting.extend(pool.submit(run, item) for item in islice(rest, 1))
+                yield found
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def in_batches(
@@ -107,12 +139,29 @@ def _cut(indices: list[int], sizes: list[float]) -> list[list[int]]:
     return [indices[first:last] for first, last in pairwise(bounds)]
 
 
+def _workers(size: float) -> int:
+    """Threads for items of so many weights each."""
+    return min(torch.get_num_threads(), MOST_WORKERS, max(int(MOST_WEIGHTS / max(size, 1.0)), 1))
+
+
+def _as_here(function: Callable[[T], Result]) -> Callable[[T], Result]:
+    """The function with the gradient mode of this thread: each has its own."""
+    grad = torch.is_grad_enabled()
+
+    def run(item: T) -> Result:
+        with torch.set_grad_enabled(grad):
+            return function(item)
+
+    return run
+
+
 @contextmanager
-def _threads_each(count: int) -> Iterator[None]:
-    """Threads that begin in here run torch's operations on `count` threads."""
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that share those of torch's operations."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(before // workers)  # threads that begin from here on take it over
     try:
-        yield
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool
     finally:
         torch.set_num_threads(before)

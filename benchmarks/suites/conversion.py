@@ -1,7 +1,7 @@
 """Seconds of whole conversions, with this code and, side by side, with earlier code.
 
     python -m benchmarks conversion [--networks NETWORKS.py] [--photos PHOTOS.py] [--before CHECKOUT]
-                                   [--runs 3] [--threads 2] [--cases ...]
+                                   [--runs 3] [--threads 2] [--cases ...] [--busy]
 
 CHECKOUT is a folder with another version of convsplit. Every run is a process of its own, so that it pays for what a
 first conversion pays (but not for imports), and versions take turns, so that a busy machine is busy for both. Median
@@ -20,6 +20,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -58,12 +59,14 @@ def inception(arguments: Namespace) -> Callable[[], object]:
     return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
 
 
-def cifar(depth: int) -> Case:
+def cifar(depth: int, images: int = 0) -> Case:
     def case(arguments: Namespace) -> Callable[[], object]:
         import convsplit
 
-        model = _module(arguments.networks).resnet(depth)
-        return lambda: convsplit.convert(model, budget=convsplit.Budget(params=0.5))
+        networks = _module(arguments.networks)
+        model, budget = networks.resnet(depth), convsplit.Budget(params=0.5)
+        batches = list(networks.cifar10()[0][:images].split(64)) if images else None
+        return lambda: convsplit.convert(model, budget=budget, calibration=batches)
 
     return case
 
@@ -74,6 +77,8 @@ CASES: dict[str, Case] = {
     "InceptionV3, trained, at a half, no data": inception,
     "ResNet-20 of CIFAR-10, at a half, no data": cifar(20),
     "ResNet-56 of CIFAR-10, at a half, no data": cifar(56),
+    "ResNet-20 of CIFAR-10, at a half, 512 images": cifar(20, 512),
+    "ResNet-56 of CIFAR-10, at a half, 512 images": cifar(56, 512),
 }
 NEEDS = {inception: "photos"} | {case: "networks" for name, case in CASES.items() if "CIFAR" in name}
 
@@ -85,12 +90,14 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="parts of their names")
+    parser.add_argument("--busy", action="store_true", help="with another process that keeps one core busy")
 
 
 QUICK = {"runs": 1, "threads": 1, "cases": ["quickstart"]}
 
 
 def measure(arguments: Namespace) -> Iterator[Sheet]:
+    from benchmarks.clock import another_process
     from benchmarks.results import Sheet
     from convsplit.tables import Table
 
@@ -100,10 +107,11 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
         if not any(part in name for part in arguments.cases) or not getattr(arguments, NEEDS.get(case, "cases")):
             continue
         runs: dict[str, list[tuple[float, float]]] = {version: [] for version in versions}
-        for _ in range(arguments.runs):
-            for version, folder in versions.items():
-                runs[version].append(in_own_process(name, arguments, folder))
-                print(name, version, *runs[version][-1], file=sys.stderr, flush=True)
+        with another_process() if arguments.busy else nullcontext():
+            for _ in range(arguments.runs):
+                for version, folder in versions.items():
+                    runs[version].append(in_own_process(name, arguments, folder))
+                    print(name, version, *runs[version][-1], file=sys.stderr, flush=True)
         rows.append([name, *_figures(runs["now"]), *(_figures(runs["before"]) if "before" in runs else [])])
     headings = ["case", "median s", "least", "most", "CPU s"]
     headings += [f"{heading} before" for heading in headings[1:]] if arguments.before else []

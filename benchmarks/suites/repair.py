@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import copy
 import statistics
-import subprocess
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import convsplit
-from benchmarks.clock import timed
+from benchmarks.clock import another_process, timed
 from benchmarks.results import MULTIPLE, Sheet
 from convsplit.tables import Table
 
@@ -175,14 +174,3 @@ def run_both(model: nn.Module, twin: nn.Module, batches: list[Any]) -> None:
     for batch in batches:
         for each in (model, twin):
             each(*batch) if isinstance(batch, tuple) else each(batch)
-
-
-@contextmanager
-def another_process() -> Iterator[None]:
-    """A process that multiplies matrices on one thread, while inside."""
-    code = "import torch; torch.set_num_threads(1); a = torch.randn(1000, 1000)\nwhile True: a @ a"
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
-        try:
-            yield
-        finally:
-            process.kill()

@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 from convsplit.lowrank.factors import Factors, each, norms, reconstruct
 from convsplit.lowrank.svd import slice_svd
 
-
 BY_POSITION, BY_INPUT, BY_OUTPUT = 3, 2, 1  # modes of [G,O,I,K]
 
 

@@ -8,9 +8,10 @@ For patches x[P] (P = I·K, channel by channel) and targets y[O] at each positio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from convsplit.data.moments import as_map, reader_of, sampled_outputs, sampled_p
 from convsplit.data.processes import all_reduced, reduced_numbers
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
+from convsplit.parallel import side_by_side
 from convsplit.repair.grams import Overlap, gram
 from convsplit.spec import Axes, Convolution, axes_of
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,11 @@ class Samples:
 
     def through(self, filters: Tensor) -> Samples:
         """The same with features, filters [G, R, P] times patches, in the place of patches."""
-        batches = [
-            replace(each, patches=filters.to(each.patches) @ each.patches, overlap=None) for each in self.batches
-        ]
-        return replace(self, batches=batches)
+
+        def filtered(sample: Sample) -> Sample:
+            return replace(sample, patches=filters.to(sample.patches) @ sample.patches, overlap=None)
+
+        return replace(self, batches=list(self.each(filtered)))
 
     def targets(self) -> list[Tensor]:
         """What the layer should answer [O, n] in each batch, so that the model goes on as the original does."""
@@ -77,12 +82,13 @@ class Samples:
 
     def nearest_targets(self, kernel: Tensor, bias: Tensor) -> list[Tensor]:
         """The same where any answer that the activation makes equal will do: those nearest to the current ones."""
-        found = []
-        for sample, wanted in zip(self.batches, self.wanted, strict=True):
+
+        def nearest(sample: Sample, wanted: Tensor) -> Tensor:
             current = self.tail.answer(_answer(sample, kernel, bias), sample.added)
             z = self.tail.nearest(wanted, current)
-            found.append(self.tail.question(z, sample.added, otherwise=sample.answers))
-        return found
+            return self.tail.question(z, sample.added, otherwise=sample.answers)
+
+        return list(self.each(nearest, self.wanted))
 
     @property
     def vary(self) -> bool:
@@ -96,11 +102,14 @@ class Samples:
 
     def error(self, kernel: Tensor, bias: Tensor) -> float:
         """Squared error of what the model passes on, for kernels [G, O, I, K], relative to its variance."""
-        missed = torch.zeros((), dtype=torch.float64, device="cpu")
-        for sample, wanted in zip(self.batches, self.wanted, strict=True):
+
+        def missed(sample: Sample, wanted: Tensor) -> Tensor:
             z = self.tail.answer(_answer(sample, kernel, bias), sample.added)
-            missed = missed + (self.tail.activated(z) - self.tail.activated(wanted)).double().square().sum()
-        return float(all_reduced(missed) / self._variance.clamp_min(torch.finfo(torch.float64).tiny))
+            return (self.tail.activated(z) - self.tail.activated(wanted)).double().square().sum()
+
+        return float(
+            _total(self.each(missed, self.wanted)) / self._variance.clamp_min(torch.finfo(torch.float64).tiny)
+        )
 
     @cached_property
     def wanted(self) -> list[Tensor]:
@@ -117,6 +126,17 @@ class Samples:
         energy, total = (_total(parts) for parts in zip(*sums, strict=True))
         count = all_reduced(torch.tensor(sum(sample.positions for sample in self.batches), device="cpu"))
         return energy - total.square().sum() / count
+
+    def each(
+        self, function: Callable[..., Result], *of_each: Sequence[Tensor], made: float | None = None
+    ) -> Iterator[Result]:
+        """`function(sample, ...)` of each batch, side by side; results of `made` numbers, by default like patches."""
+        read = max((sample.patches.numel() for sample in self.batches), default=0)
+        given = zip(self.batches, *of_each, strict=True)
+        device = self.batches[0].patches.device if self.batches else None
+        return side_by_side(
+            lambda own: function(*own), given, read=read, made=read if made is None else made, device=device
+        )
 
 
 def _answer(sample: Sample, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -192,11 +212,8 @@ class Moments:
         patches = [sample.patches for sample in samples.batches]
         count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches), device="cpu")))
         mean = _total(x.sum(2) for x in patches) / count
-        second = (
-            _total(gram(sample.patches, sample.overlap) for sample in samples.batches)
-            .div_(count)
-            .sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
-        )
+        products = samples.each(lambda own: gram(own.patches, own.overlap), made=mean.numel() * mean.shape[1])
+        second = _total(products).div_(count).sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
         empty = second.new_empty(0)
         return cls(second, empty, mean, empty, count).towards(samples, targets)
 
@@ -213,7 +230,7 @@ class Moments:
         G = len(self.patch_mean)
         grouped = [y.reshape(G, len(y) // G, -1) for y in targets]
         mean = _total(y.sum(2) for y in grouped) / self.count
-        cross = _total(y @ s.patches.mT for y, s in zip(grouped, samples.batches, strict=True))
+        cross = _total(samples.each(lambda own, y: y @ own.patches.mT, grouped))
         return replace(
             self, cross=cross / self.count - mean.unsqueeze(2) * self.patch_mean.unsqueeze(1), target_mean=mean
         )
