@@ -118,6 +118,20 @@ def ways_back(results: dict[str, Result], argument: str) -> str:
     return Table(["network", "kept", *shown], rows, frozenset({"network"})).markdown()
 
 
+IN_LATENCIES = {
+    "batch": "batch", "runtime": "runtime", "threads": "threads", "split": "split", "MACs of convs": "MACs of convs",
+    "MACs": "MACs", "ms": "ms", "->": "->", "faster": "faster", "of promised": "part",
+}  # fmt: skip
+
+
+def latencies(results: dict[str, Result], argument: str) -> str:
+    """Whole networks, dense and converted, of several results of the suite of latency, `FILE FILE ...`."""
+    sheets = [sheet for name in argument.split(" ") for sheet in results[name].sheets]
+    rows = [[sheet.title.partition(",")[0], *(cells[heading] for heading in IN_LATENCIES)]
+            for sheet in sheets for cells in _records(sheet)]  # fmt: skip
+    return Table(["network", *IN_LATENCIES.values()], rows, frozenset({"network", "runtime"})).markdown()
+
+
 def _percent(fraction: str) -> str:
     return f"{100 * float(fraction):g} %"
 
@@ -149,5 +163,5 @@ def _beats(theirs: str, ours: str, best: Callable[..., float]) -> bool:
 
 TABLES: dict[str, Callable[[dict[str, Result], str], str]] = {
     "whole": whole, "sheet": sheet, "kept": kept, "short": short, "losses": losses, "points": points, "drifts": drifts,
-    "ways_back": ways_back, "conditions": conditions,
+    "ways_back": ways_back, "latencies": latencies, "conditions": conditions,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from convsplit.lowrank.canonical import FIT_FLOPS, MAX_SWEEPS, MIN_SWEEPS, cp_ea
 from convsplit.lowrank.factors import CP, affordable, sweep_flops, work
 
 CURVE_FLOPS = 2e9  # what one of the short fits may cost
-CURVE_SWEEPS = 32
+CURVE_SWEEPS = 32  # from 16, what 300 reach is guessed far too low where the spectrum decays fast
 # Fractions of the kernel's parameters at which a curve is fitted, if two sweeps there cost no more than ANCHOR_FLOPS:
 # 512x512x9 stops at 0.4.
 ANCHORS = (0.05, 0.2, 0.4, 0.65, 0.9)
