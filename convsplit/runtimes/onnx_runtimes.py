@@ -85,6 +85,8 @@ class OnnxRuntime(FromOnnx):
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Threads of a session that has run spin for a while, on cores that the next one in turn needs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         source = model if isinstance(model, bytes) else str(model)
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         names = [each.name for each in session.get_inputs()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -207,6 +208,24 @@ def test_a_budget_of_latency_is_met_there(runtime: str) -> None:
     before, after = time_models([net, convsplit.apply_plan(net, plan)], x, runtime=runtime, seconds=3)
     assert plan.model_milliseconds[1] <= 1.05 * 0.7 * plan.model_milliseconds[0]
     assert after.total < 0.9 * before.total
+
+
+@pytest.mark.clock
+def test_what_has_run_keeps_no_core_busy() -> None:
+    pytest.importorskip("onnxruntime")
+    threads, x = torch.get_num_threads(), torch.randn(1, 16, 64, 64)
+    torch.set_num_threads(2)  # the second thread of a session waits for work by spinning, unless it is told not to
+    try:
+        run = runtime_of("onnxruntime").prepare_layer(nn.Conv2d(16, 64, 3).eval(), x)
+        busy = []
+        for _ in range(3):
+            run()
+            before = time.process_time()
+            time.sleep(0.1)
+            busy.append(time.process_time() - before)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(busy) < 0.005
 
 
 def test_a_function_of_the_users_own_is_a_runtime() -> None:
