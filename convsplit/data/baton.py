@@ -115,8 +115,9 @@ def _modes() -> list[AbstractContextManager[Any]]:
         if torch.is_autocast_enabled(kind):
             cached = torch.is_autocast_cache_enabled()
             modes.append(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=cached))
-    if torch.get_default_device().type != "cpu":
-        modes.append(torch.device(torch.get_default_device()))
+    device = torch.empty(0).device  # torch 2.9's `get_default_device` fails once a default was set and taken back
+    if device.type != "cpu":
+        modes.append(device)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         modes += [torch.cuda.device(torch.cuda.current_device()), torch.cuda.stream(torch.cuda.current_stream())]
     return modes
