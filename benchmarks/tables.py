@@ -119,8 +119,9 @@ def ways_back(results: dict[str, Result], argument: str) -> str:
 
 
 IN_LATENCIES = {
-    "batch": "batch", "runtime": "runtime", "threads": "threads", "split": "split", "MACs of convs": "MACs of convs",
-    "MACs": "MACs", "ms": "ms", "->": "->", "faster": "faster", "of promised": "part",
+    "budget": "budget", "batch": "batch", "runtime": "runtime", "threads": "threads", "split": "split",
+    "MACs of convs": "MACs of convs", "ms of convs": "ms of convs", "MACs": "MACs", "ms": "ms", "->": "->",
+    "faster": "faster", "of promised": "part",
 }  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def latencies(results: dict[str, Result], argument: str) -> str:
     sheets = [sheet for name in argument.split(" ") for sheet in results[name].sheets]
     rows = [[sheet.title.partition(",")[0], *(cells[heading] for heading in IN_LATENCIES)]
             for sheet in sheets for cells in _records(sheet)]  # fmt: skip
-    return Table(["network", *IN_LATENCIES.values()], rows, frozenset({"network", "runtime"})).markdown()
+    return Table(["network", *IN_LATENCIES.values()], rows, frozenset({"network", "budget", "runtime"})).markdown()
 
 
 def _percent(fraction: str) -> str:
