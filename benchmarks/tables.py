@@ -118,11 +118,10 @@ def ways_back(results: dict[str, Result], argument: str) -> str:
     return Table(["network", "kept", *shown], rows, frozenset({"network"})).markdown()
 
 
-IN_LATENCIES = {
-    "budget": "budget", "batch": "batch", "runtime": "runtime", "threads": "threads", "split": "split",
-    "MACs of convs": "MACs of convs", "ms of convs": "ms of convs", "MACs": "MACs", "ms": "ms", "->": "->",
-    "faster": "faster", "of promised": "part",
-}  # fmt: skip
+IN_LATENCIES = [
+    "budget", "batch", "runtime", "threads", "split", "MACs of convs", "ms of convs", "MACs", "ms", "->", "faster",
+    "of promised",
+]  # fmt: skip
 
 
 def latencies(results: dict[str, Result], argument: str) -> str:
@@ -130,7 +129,7 @@ def latencies(results: dict[str, Result], argument: str) -> str:
     sheets = [sheet for name in argument.split(" ") for sheet in results[name].sheets]
     rows = [[sheet.title.partition(",")[0], *(cells[heading] for heading in IN_LATENCIES)]
             for sheet in sheets for cells in _records(sheet)]  # fmt: skip
-    return Table(["network", *IN_LATENCIES.values()], rows, frozenset({"network", "budget", "runtime"})).markdown()
+    return Table(["network", *IN_LATENCIES], rows, frozenset({"network", "budget", "runtime"})).markdown()
 
 
 def _percent(fraction: str) -> str:
