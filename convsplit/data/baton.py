@@ -115,7 +115,7 @@ def _modes() -> list[AbstractContextManager[Any]]:
         if torch.is_autocast_enabled(kind):
             cached = torch.is_autocast_cache_enabled()
             modes.append(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=cached))
-    device = torch.empty(0).device  # torch 2.9's `get_default_device` fails once a default was set and taken back
+    device = torch.get_default_device()
     if device.type != "cpu":
         modes.append(device)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -126,7 +126,8 @@ def _fit(block: Block, steps: int, lr: float, generator: torch.Generator) -> Rec
 
 @torch.enable_grad()
 def _train(block: Block, parameters: list[nn.Parameter], steps: int, lr: float, generator: torch.Generator) -> None:
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=fused)
     for p in parameters:
         p.requires_grad_(True)
     for step in range(steps):
