@@ -22,7 +22,8 @@ from convsplit.model.values import tensors_in
 from convsplit.precision import full_products, widened
 from convsplit.spec import Axes, Convolution, ConvSpec, axes_of, padding_around, per_axis
 
-POSITIONS_PER_UNKNOWN = 200
+POSITIONS_PER_UNKNOWN = 100
+LEAST_POSITIONS = 10_000  # as far as there are so many: a few unknowns are cheap, and all of them want variety
 GOLDEN = 0.618
 NEIGHBOURS = 0.4  # correlation of inputs one position apart, where it is not measured
 ROUNDING = 1e-12  # of the energy of patches: what is left of it once their mean is taken off equal ones
@@ -76,6 +77,20 @@ def sampled_outputs(outputs: Tensor, step: Axes, index: int, tile: Axes) -> Tens
         else:
             kept = kept.index_select(axis, positions.to(kept.device))
     return kept.flatten(2).transpose(0, 1).flatten(1)
+
+
+def evenly(count: int, step: float, index: int) -> Tensor:
+    """About one in `step` of `count` positions, at uneven distances: even ones would be some columns of a map alone.
+
+    `index` is that of the batch; others are chosen in each.
+
+    >>> evenly(20, 5, index=0)
+    tensor([ 2,  5, 13, 16])
+    """
+    index = _everywhere(index)
+    slots = torch.arange(math.ceil(count / step), dtype=torch.float64, device="cpu")
+    chosen = ((slots + (0.5 + GOLDEN * (slots + index)) % 1) * step).long()
+    return chosen[chosen < count]
 
 
 def tile_of(geometry: Convolution) -> Axes:
@@ -153,8 +168,7 @@ def _corner(sizes: Sequence[int], step: Axes, index: int) -> Axes:
     The first batch's is in the middle of its cell. Later ones are about a golden section of the cell's positions apart,
     which spreads any number of them: in their order few batches would see one border only.
     """
-    if is_shared():
-        index = index * distributed.get_world_size() + distributed.get_rank()
+    index = _everywhere(index)
     cell = math.prod(step)
     apart = next(each for each in range(math.ceil(GOLDEN * cell), 2 * cell + 1) if math.gcd(each, cell) == 1)
     index = sum(size // 2 * math.prod(step[axis + 1 :]) for axis, size in enumerate(step)) + index * apart
@@ -163,6 +177,11 @@ def _corner(sizes: Sequence[int], step: Axes, index: int) -> Axes:
         corner.append(min(index % width, size - 1))
         index //= width
     return tuple(reversed(corner))
+
+
+def _everywhere(index: int) -> int:
+    """The index of a batch among those of all processes, to which they are dealt out in turn."""
+    return index * distributed.get_world_size() + distributed.get_rank() if is_shared() else index
 
 
 @dataclass(frozen=True)
@@ -313,7 +332,8 @@ def thinning(
     Enough for each of the `unknowns`, inputs times kernel positions, in float32 patches that take `limit` bytes.
     """
     affordable = limit / (4 * unknowns)
-    apart = images * math.prod(output_size) / min(POSITIONS_PER_UNKNOWN * unknowns, affordable)
+    wanted = max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS)
+    apart = images * math.prod(output_size) / min(wanted, affordable)
     sizes = tiles(output_size, tile or (1,) * len(output_size))
     steps: dict[int, int] = {}
     backwards = range(len(sizes) - 1, -1, -1)

@@ -74,6 +74,11 @@ class Fit:
         """Put what was found into the layer."""
         raise NotImplementedError
 
+    @property
+    def last_unknowns(self) -> int:
+        """Of each output, once the kernel is `narrowed`."""
+        return self.kernel.shape[2] * self.kernel.shape[3]
+
     def narrowed(self) -> tuple[Fit, Tensor | None]:
         """What further rounds go on with: the last stage alone, behind filters [G, R, P], where there is one."""
         return self, None
@@ -113,6 +118,10 @@ class AllFactors(Fit):
             if form_named(layer.form).expands and form_named(layer.form).projects and fit.A.shape[2] == self._rank
         ]
         self._hold(layer.factors().to(torch.float64).by_group())
+
+    @property
+    def last_unknowns(self) -> int:
+        return super().last_unknowns if self.layer.factors().outputs is None else self._rank
 
     @property
     def _rank(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convsplit.data.batches import Checked, checked_batches
-from convsplit.data.moments import POSITIONS_PER_UNKNOWN, SAMPLE_BYTES
+from convsplit.data.moments import LEAST_POSITIONS, POSITIONS_PER_UNKNOWN, SAMPLE_BYTES
 from convsplit.data.processes import is_over, reduced_numbers
 from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import Tail
@@ -37,6 +37,7 @@ from convsplit.spec import CONVOLUTIONS, Convolution, ConvSpec
 MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in all
 STAGES = ("all", "last", "bias")
 TARGETS = ("activation", "layer")
+LAST_POSITIONS_PER_UNKNOWN = 400  # of a last stage: its targets move with what it answers
 ROUNDS = 4  # of moving the target behind a ReLU
 PULL = 64.0  # inputs with which the ridge is as large as the mean variance; with more it falls in proportion
 SAMPLE_COST = 16  # of samples, as a multiple of that of moments, where memory allows all that are wanted
@@ -204,7 +205,9 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
     """Fit a layer to its samples; what comes out worse on them is not kept."""
     bias = fit.layer.bias
     bias = torch.zeros(len(samples.batches[0].answers), device="cpu") if bias is None else bias.double()
-    before = samples.error(fit.kernel, bias)
+    few = samples.thinned(max(LEAST_POSITIONS, LAST_POSITIONS_PER_UNKNOWN * fit.last_unknowns)).joined()
+    samples = samples.joined()
+    before = few.error(fit.kernel, bias)
     if not samples.vary:  # equal patches throughout tell nothing about the kernel
         return Repaired(name, before, before)
     moments = Moments.of(samples, samples.targets())
@@ -212,12 +215,13 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
     if samples.tail.ceiling is not None:  # there is a ReLU, and now something to start from
         fit, filters = fit.narrowed()
         if filters is not None:
-            samples, moments = samples.through(filters), moments.through(filters)
+            samples = few = few.through(filters)
+            moments = Moments.of(samples, samples.targets())
         metrics = Metric.of(fit.centred(moments), fit.original.shape[3], ridge)
         for _ in range(ROUNDS):
             moments = moments.towards(samples, samples.nearest_targets(fit.kernel, bias))
             bias = fit.fit_to(moments, metrics, F)
-    after = samples.error(fit.kernel, bias)
+    after = few.error(fit.kernel, bias)
     if after < before:
         with _whole(fit.layer):
             fit.store(bias)

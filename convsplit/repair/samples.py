@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from convsplit.data.moments import as_map, reader_of, sampled_outputs, sampled_patches, thinning, tile_of
+from convsplit.data.moments import as_map, evenly, reader_of, sampled_outputs, sampled_patches, thinning, tile_of
 from convsplit.data.processes import all_reduced, reduced_numbers
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
@@ -52,6 +52,15 @@ class Sample:
         """How many there are, n."""
         return self.answers.shape[1]
 
+    def at(self, positions: Tensor) -> Sample:
+        """The same at some of the positions [m]."""
+        here = positions.to(self.answers.device)
+        own, other = self.shortcuts or (None, None)
+        return Sample(
+            self.patches.index_select(2, here), self.answers.index_select(1, here),
+            None if own is None or other is None else (own.index_select(1, here), other.index_select(1, here)),
+        )  # fmt: skip
+
     @property
     def added(self) -> Tensor | None:
         """What the converted model adds to the layer's answer."""
@@ -72,6 +81,30 @@ class Samples:
             return replace(sample, patches=filters.to(sample.patches) @ sample.patches, overlap=None)
 
         return replace(self, batches=list(self.each(filtered)))
+
+    def thinned(self, wanted: int) -> Samples:
+        """About as many positions as `wanted` of all processes', evenly spread, and others in each batch."""
+        count = int(reduced_numbers(sum(sample.positions for sample in self.batches))[0])
+        step = count / wanted
+        if step < 2:
+            return self
+        chosen = [evenly(sample.positions, step, index) for index, sample in enumerate(self.batches)]
+        return replace(self, batches=list(self.each(Sample.at, chosen)))
+
+    def joined(self) -> Samples:
+        """The same with batches joined that have fewer positions than unknowns: the moments of each cost a matrix.
+
+        Larger ones are left alone: summed up one by one in float64, they give the same in any number of processes.
+        """
+        joined: list[Sample] = []
+        waiting: list[Sample] = []
+        for sample in self.batches:
+            enough = sum(each.positions for each in waiting) >= sample.patches.shape[1]
+            if waiting and (enough or waiting[0].overlap != sample.overlap):
+                joined.append(Sample.of(waiting))
+                waiting = []
+            waiting.append(sample)
+        return replace(self, batches=[*joined, Sample.of(waiting)] if waiting else joined)
 
     def targets(self) -> list[Tensor]:
         """What the layer should answer [O, n] in each batch, so that the model goes on as the original does."""
@@ -172,23 +205,7 @@ def take_samples(
         if not (_finite(sample.patches) and _finite(sample.answers)):
             raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
         taken.append(sample)
-    return Samples(_joined(taken), stop.tail)
-
-
-def _joined(samples: Sequence[Sample]) -> list[Sample]:
-    """The same with batches joined that have fewer positions than unknowns: the moments of each cost a matrix.
-
-    Larger ones are left as they are: summed up one by one in float64, they give the same in any number of processes.
-    """
-    joined: list[Sample] = []
-    waiting: list[Sample] = []
-    for sample in samples:
-        enough = sum(each.positions for each in waiting) >= sample.patches.shape[1]
-        if waiting and (enough or waiting[0].overlap != sample.overlap):
-            joined.append(Sample.of(waiting))
-            waiting = []
-        waiting.append(sample)
-    return [*joined, Sample.of(waiting)] if waiting else joined
+    return Samples(taken, stop.tail)
 
 
 def _finite(x: Tensor) -> bool:

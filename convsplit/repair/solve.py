@@ -62,10 +62,13 @@ class Metric:
         """S in the precision that it is multiplied in."""
         return self.S.float() if len(self.S) > WIDE else self.S
 
+    def solve(self, pull: Tensor) -> Tensor:
+        """Kernels W [O, P] with W S = pull, in float32 where P is large: off by its rounding times S's condition."""
+        return torch.cholesky_solve(pull.mT.to(self._factor.dtype), self._factor).mT.to(pull.dtype)
+
     @cached_property
-    def factor(self) -> Tensor:
-        """The Cholesky factor of S."""
-        return _cholesky(self.S)
+    def _factor(self) -> Tensor:
+        return _cholesky(self.narrow)
 
     @cached_property
     def marginals(self) -> Marginals:
@@ -85,12 +88,20 @@ class Quadratic:
     @cached_property
     def best(self) -> Tensor:
         """The best dense kernel W1 [O, I, K]."""
-        return torch.cholesky_solve(self.pull.flatten(1).mT, self.metric.factor).mT.reshape(self.pull.shape)
+        best = self.nearly_best.flatten(1)
+        if self.metric.narrow is not self.metric.S:  # one step of iterative refinement
+            best = best + self.metric.solve(self.pull.flatten(1) - best @ self.metric.S)
+        return best.reshape(self.pull.shape)
+
+    @cached_property
+    def nearly_best(self) -> Tensor:
+        """The same but for the rounding of `Metric.solve`: what factors start from."""
+        return self.metric.solve(self.pull.flatten(1)).reshape(self.pull.shape)
 
     @cached_property
     def constant(self) -> float:
-        """E(0): what the constant in E is."""
-        return float((self.F @ self.best.flatten(1) * self.pull.flatten(1)).sum())
+        """E(0), nearly: what the constant in E is."""
+        return float((self.F @ self.nearly_best.flatten(1) * self.pull.flatten(1)).sum())
 
 
 def quadratics(kernel: Tensor, moments: Moments, metrics: list[Metric], F: Tensor | None = None) -> list[Quadratic]:
@@ -142,7 +153,7 @@ def whitened_factors(problem: Quadratic, form: Form, current: Factors, *, even: 
     F^(1/2) W1 and is not used.
     """
     channels, positions = problem.metric.marginals.roots(mix_channels=form.expands)
-    white = whitened(problem.best.unsqueeze(0), channels, positions)
+    white = whitened(problem.nearly_best.unsqueeze(0), channels, positions)
     if form.projects:
         outputs = Root.of(problem.F.unsqueeze(0)).root
         white = torch.einsum("gpo,goik->gpik", outputs, white).contiguous()

@@ -15,7 +15,7 @@ import convsplit
 from convsplit import Budget, SeparableConv2d
 from convsplit.data.baton import Pass
 from convsplit.data.following import see_what_follows
-from convsplit.data.moments import padded, thinning
+from convsplit.data.moments import LEAST_POSITIONS, POSITIONS_PER_UNKNOWN, evenly, padded, thinning
 from convsplit.data.sensitivity import measure_sensitivity
 from convsplit.data.tail import NO_TAIL
 from convsplit.data.walk import Stop, walk
@@ -135,10 +135,43 @@ def test_positions_are_thinned_out_to_what_is_wanted(hw, images):
     for unknowns, limit in ((144, 1 << 20), (4, 1 << 30)):
         apart = thinning(hw, images, unknowns, limit)
         kept = images * -(-hw[0] // apart[0]) * -(-hw[1] // apart[1])
-        wanted = min(200 * unknowns, limit / (4 * unknowns))
+        wanted = min(max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS), limit / (4 * unknowns))
         assert all(1 <= step <= side for step, side in zip(apart, hw, strict=True))
         assert kept >= min(0.5 * wanted, images * hw[0] * hw[1])
         assert kept <= max(2 * wanted, images) + images
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(640, 50), (640, 300), (9, 4), (1, 5), (640, 641)])
+def test_some_of_the_positions_are_those_of_all(count, wanted):
+    """Patches, answers and shortcuts at the same positions, about as many of them as wanted."""
+    place = torch.arange(8.0 * count).reshape(8, count)
+    parts = [Sample(row.expand(2, 3, -1), row.expand(4, -1), (row[None], -row[None])) for row in place]
+    some = Samples(parts, NO_TAIL).thinned(wanted)
+    kept = torch.cat([sample.answers[0] for sample in some.batches])
+    assert len(kept) == (8 * count if 2 * wanted > 8 * count else pytest.approx(wanted, rel=0.2, abs=2))
+    assert len(kept.unique()) == len(kept)
+    for sample in some.batches:
+        own, other = sample.shortcuts
+        for each in (*sample.patches.flatten(0, 1), *sample.answers, own[0], -other[0]):
+            assert torch.equal(each, sample.answers[0])
+
+
+@pytest.mark.parametrize("width", [2, 5, 8, 16])
+def test_some_of_the_positions_are_of_all_columns(width):
+    """Also where their number divides the step, in many images at once and in one for each batch."""
+    for chosen in (evenly(64 * width * width, width, 0), torch.cat([evenly(width**2, width, n) for n in range(64)])):
+        columns = torch.bincount(chosen % width, minlength=width)
+        assert columns.min() > 0.6 * columns.max()
+
+
+def test_kernels_of_many_unknowns_are_as_good_as_in_float64():
+    """Factors begin near the best kernel; a dense one is as precise as S allows."""
+    problem = problem_of(O=4, I=70, K=9)
+    assert problem.metric.narrow.dtype == torch.float32
+    wanted = torch.linalg.solve(problem.metric.S, problem.pull.flatten(1).T).T.reshape(problem.pull.shape)
+    near, best = ((each - wanted).norm() / wanted.norm() for each in (problem.nearly_best, problem.best))
+    assert 1e-9 < near < 1e-3
+    assert best < 1e-3 * near
 
 
 def problem_of(O: int = 6, I: int = 5, K: int = 9) -> Quadratic:
@@ -715,7 +748,7 @@ def test_small_batches_are_joined_and_tell_the_same(size, joined):
 
     def taken(parts):
         values = [(part, conv(part), (conv(part), part[:, :4, 1:-1, 1:-1])) for part in parts]
-        return take_samples(conv, Stop("", len(values), lambda: iter(values)), 1)
+        return take_samples(conv, Stop("", len(values), lambda: iter(values)), 1).joined()
 
     samples, whole = taken(x.split(size)), taken([x])
     assert len(samples.batches) == joined
