@@ -7,7 +7,7 @@ the unknowns, on a grid that shifts from batch to batch. Where several processes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from convsplit.spec import Axes, Convolution, ConvSpec, axes_of, padding_around,
 POSITIONS_PER_UNKNOWN = 100
 LEAST_POSITIONS = 10_000  # as far as there are so many: a few unknowns are cheap, and all of them want variety
 GOLDEN = 0.618
+GRID_IMAGES = 16  # that are looked at at the same positions
+GRIDS = 61  # of a batch; a prime, so that every one of them differs from batch to batch
 NEIGHBOURS = 0.4  # correlation of inputs one position apart, where it is not measured
 ROUNDING = 1e-12  # of the energy of patches: what is left of it once their mean is taken off equal ones
 WIDEST = 5000  # channels: moments of more take memory and time that grow with their square and their cube
@@ -56,12 +58,25 @@ def padded(geometry: Convolution, x: Tensor) -> Tensor:
     return F.pad(x, padding_around(geometry), mode=mode)
 
 
+def grids(index: int, images: int, step: Axes) -> Iterator[tuple[slice, int]]:
+    """The images of a batch that are looked at at the same positions, and the number of that grid in all processes.
+
+    Processes that are dealt out batches in turn take the grids of one alone.
+    """
+    if is_shared():
+        index = index * distributed.get_world_size() + distributed.get_rank()
+    apart = max(1, images if max(step) == 1 else GRID_IMAGES)
+    for number, first in enumerate(range(0, max(1, images), apart)):
+        yield slice(first, first + apart), GRIDS * index + number
+
+
 def sampled_patches(
     geometry: Convolution, groups: int, inputs: Tensor, output_size: Sequence[int], step: Axes, index: int
 ) -> Tensor:
     """Patches [G, P, n] of inputs [N, I, H, W] for every `step`-th tile of outputs of each axis.
 
-    `index` shifts the grid. Tiles are single positions but in transposed convolutions: see `tile_of`.
+    `index` is that of the grid, which it shifts. Tiles are single positions but in transposed convolutions: see
+    `tile_of`.
     """
     found = _patches_transposed if geometry.transposed else _patches
     patches = found(geometry, widened(inputs), output_size, step, index)
@@ -82,12 +97,11 @@ def sampled_outputs(outputs: Tensor, step: Axes, index: int, tile: Axes) -> Tens
 def evenly(count: int, step: float, index: int) -> Tensor:
     """About one in `step` of `count` positions, at uneven distances: even ones would be some columns of a map alone.
 
-    `index` is that of the batch; others are chosen in each.
+    `index` is that of their grid; others are chosen of each.
 
     >>> evenly(20, 5, index=0)
     tensor([ 2,  5, 13, 16])
     """
-    index = _everywhere(index)
     slots = torch.arange(math.ceil(count / step), dtype=torch.float64, device="cpu")
     chosen = ((slots + (0.5 + GOLDEN * (slots + index)) % 1) * step).long()
     return chosen[chosen < count]
@@ -163,12 +177,11 @@ def tiles(output_size: Sequence[int], tile: Axes) -> Axes:
 
 
 def _corner(sizes: Sequence[int], step: Axes, index: int) -> Axes:
-    """Where the grid begins; processes that deal out batches in turn take the corners of one alone.
+    """Where the grid begins. The first one does in the middle of its cell.
 
-    The first batch's is in the middle of its cell. Later ones are about a golden section of the cell's positions apart,
-    which spreads any number of them: in their order few batches would see one border only.
+    Later ones are about a golden section of the cell's positions apart, which spreads any number of them: in their
+    order few batches would see one border only.
     """
-    index = _everywhere(index)
     cell = math.prod(step)
     apart = next(each for each in range(math.ceil(GOLDEN * cell), 2 * cell + 1) if math.gcd(each, cell) == 1)
     index = sum(size // 2 * math.prod(step[axis + 1 :]) for axis, size in enumerate(step)) + index * apart
@@ -177,11 +190,6 @@ def _corner(sizes: Sequence[int], step: Axes, index: int) -> Axes:
         corner.append(min(index % width, size - 1))
         index //= width
     return tuple(reversed(corner))
-
-
-def _everywhere(index: int) -> int:
-    """The index of a batch among those of all processes, to which they are dealt out in turn."""
-    return index * distributed.get_world_size() + distributed.get_rank() if is_shared() else index
 
 
 @dataclass(frozen=True)
@@ -290,8 +298,11 @@ def measure_marginals(
         x, y = as_map(given.tensor, axes), as_map(next(tensors_in(output)), axes)
         positions, size, limit = math.prod(conv.kernel_size), y.shape[2:], SAMPLE_BYTES // 4
         step = thinning(size, y.shape[0] * count, conv.in_channels * positions, limit, tile_of(conv))
-        patches = sampled_patches(conv, conv.groups, x, size, step, seen[name])
+        parts_of_batch = grids(seen[name], len(x), step)
         seen[name] += 1
+        patches = torch.cat(
+            [sampled_patches(conv, conv.groups, x[images], size, step, grid) for images, grid in parts_of_batch], 2
+        )
         patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
         centred = patches - patches.mean((2, 3), keepdim=True)
         if centred.square().sum() <= ROUNDING * patches.square().sum():

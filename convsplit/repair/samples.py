@@ -16,7 +16,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from convsplit.data.moments import as_map, evenly, reader_of, sampled_outputs, sampled_patches, thinning, tile_of
+from convsplit.data.moments import (
+    as_map,
+    evenly,
+    grids,
+    reader_of,
+    sampled_outputs,
+    sampled_patches,
+    thinning,
+    tile_of,
+)
 from convsplit.data.processes import all_reduced, reduced_numbers
 from convsplit.data.tail import Tail
 from convsplit.data.walk import Stop
@@ -29,12 +38,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Sample:
-    """One batch at some of its positions."""
+    """One batch, or some of its images, at some of their positions."""
 
     patches: Tensor  # [G, P, n], what reaches the layer in the converted model
     answers: Tensor  # [O, n], what the layer answers in the original
     shortcuts: tuple[Tensor, Tensor] | None  # [O, n], what is added to that in the original and the converted model
     overlap: Overlap | None = None  # of patches at all positions
+    grid: int = 0  # what number the grid of positions has
 
     @classmethod
     def of(cls, parts: Sequence[Sample]) -> Sample:
@@ -83,12 +93,12 @@ class Samples:
         return replace(self, batches=list(self.each(filtered)))
 
     def thinned(self, wanted: int) -> Samples:
-        """About as many positions as `wanted` of all processes', evenly spread, and others in each batch."""
+        """About as many positions as `wanted` of all processes', evenly spread, and others of each grid."""
         count = int(reduced_numbers(sum(sample.positions for sample in self.batches))[0])
         step = count / wanted
         if step < 2:
             return self
-        chosen = [evenly(sample.positions, step, index) for index, sample in enumerate(self.batches)]
+        chosen = [evenly(sample.positions, step, sample.grid) for sample in self.batches]
         return replace(self, batches=list(self.each(Sample.at, chosen)))
 
     def joined(self) -> Samples:
@@ -190,21 +200,21 @@ def take_samples(
     taken: list[Sample] = []
     axes, reader = axes_of(reader), reader_of(reader)
     step, tile = (1,) * axes_of(reader), tile_of(reader)
-    for index, (given, answer, added) in enumerate(stop.values()):
-        answers, *shortcuts = (as_map(each, axes) for each in (answer, *(added or ())))
+    for index, (given, answer, others) in enumerate(stop.values()):
+        answers, *shortcuts = (as_map(each, axes) for each in (answer, *(others or ())))
         size = tuple(answers.shape[2:])
         features = as_map(given if before is None else before(given, size), axes)
         if index == 0:
             unknowns = reader.in_channels * math.prod(reader.kernel_size)
-            images = int(reduced_numbers(len(answers) * stop.calls)[0])
-            step = thinning(size, images, unknowns, tile=tile)
-        answers, *shortcuts = (sampled_outputs(each, step, index, tile) for each in (answers, *shortcuts))
-        patches = sampled_patches(reader, groups, features, size, step, index)
+            count = int(reduced_numbers(len(answers) * stop.calls)[0])
+            step = thinning(size, count, unknowns, tile=tile)
         whole = Overlap.of(reader, groups, size) if max(step) == 1 else None
-        sample = Sample(patches, answers, (shortcuts[0], shortcuts[1]) if shortcuts else None, whole)
-        if not (_finite(sample.patches) and _finite(sample.answers)):
-            raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
-        taken.append(sample)
+        for images, grid in grids(index, len(features), step):
+            patches = sampled_patches(reader, groups, features[images], size, step, grid)
+            wanted, *added = (sampled_outputs(each[images], step, grid, tile) for each in (answers, *shortcuts))
+            if not (_finite(patches) and _finite(wanted)):
+                raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
+            taken.append(Sample(patches, wanted, (added[0], added[1]) if added else None, whole, grid))
     return Samples(taken, stop.tail)
 
 

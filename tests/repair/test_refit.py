@@ -145,7 +145,10 @@ def test_positions_are_thinned_out_to_what_is_wanted(hw, images):
 def test_some_of_the_positions_are_those_of_all(count, wanted):
     """Patches, answers and shortcuts at the same positions, about as many of them as wanted."""
     place = torch.arange(8.0 * count).reshape(8, count)
-    parts = [Sample(row.expand(2, 3, -1), row.expand(4, -1), (row[None], -row[None])) for row in place]
+    parts = [
+        Sample(row.expand(2, 3, -1), row.expand(4, -1), (row[None], -row[None]), grid=grid)
+        for grid, row in enumerate(place)
+    ]
     some = Samples(parts, NO_TAIL).thinned(wanted)
     kept = torch.cat([sample.answers[0] for sample in some.batches])
     assert len(kept) == (8 * count if 2 * wanted > 8 * count else pytest.approx(wanted, rel=0.2, abs=2))
