@@ -244,14 +244,6 @@ class Moments:
         empty = second.new_empty(0)
         return cls(second, empty, mean, empty, count).towards(samples, targets)
 
-    def through(self, filters: Tensor) -> Moments:
-        """Moments of features, filters [G, R, P] times patches, in the place of patches."""
-        filters = filters.to(self.patches)
-        return replace(
-            self, patches=filters @ self.patches @ filters.mT, cross=self.cross @ filters.mT,
-            patch_mean=(filters @ self.patch_mean.unsqueeze(2)).squeeze(2),
-        )  # fmt: skip
-
     def towards(self, samples: Samples, targets: Sequence[Tensor]) -> Moments:
         """The same patches with other targets."""
         G = len(self.patch_mean)
