@@ -16,7 +16,7 @@ from convsplit.progress import track
 
 MOST_WORKERS = 8
 MOST_WEIGHTS = 2**25  # of all layers under way; a fit's arrays take some thirty times as much memory
-LEAST_WEIGHTS = 2**20  # of a batch: below, starting a thread takes as long as what it does
+LEAST_NUMBERS = 2**20  # of all batches: below, starting threads takes as long as what they do
 BATCH_WEIGHTS = 2**16  # of alike layers that are worked on together: above, calls cost less than what they compute
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def side_by_side(
     """`map(function, items)` for what takes milliseconds, an item on each thread that torch may use.
 
     Operations on one batch leave threads waiting for one another between them; batches on threads of their own do not.
-    `read` and `made` are how many numbers an item and its result hold. At most as many results as threads wait to be
+    `read` is how many numbers all items hold, `made` how many a result. At most as many results as threads wait to be
     taken. One after the other where little is read, and on a `device` that is not the CPU: its queue keeps that busy,
     and other threads would use another one.
 
@@ -78,7 +78,7 @@ def side_by_side(
     [1, 9, 4]
     """
     rest = iter(items)
-    worthwhile = read >= LEAST_WEIGHTS and (device is None or device.type == "cpu")
+    worthwhile = read >= LEAST_NUMBERS and (device is None or device.type == "cpu")
     first = list(islice(rest, _workers(made) if worthwhile else 1))
     if len(first) < 2:
         yield from map(function, chain(first, rest))

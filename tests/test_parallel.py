@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from convsplit.parallel import LEAST_WEIGHTS, MOST_WEIGHTS, in_parallel, side_by_side
+from convsplit.parallel import LEAST_NUMBERS, MOST_WEIGHTS, in_parallel, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_one_thread_needs_no_pool_and_large_layers_share_no_memory() -> None:
     torch.set_num_threads(2)
 
 
-MANY = float(LEAST_WEIGHTS)
+MANY = float(LEAST_NUMBERS)
 
 
 def test_batches_side_by_side_keep_their_order_and_the_gradient_mode() -> None:

@@ -75,23 +75,32 @@ def sampled_patches(
 ) -> Tensor:
     """Patches [G, P, n] of inputs [N, I, H, W] for every `step`-th tile of outputs of each axis.
 
-    `index` is that of the grid, which it shifts. Tiles are single positions but in transposed convolutions: see
-    `tile_of`.
+    `index` is that of the batch, whose `grids` it shifts. Tiles are single positions but in transposed convolutions:
+    see `tile_of`.
     """
     found = _patches_transposed if geometry.transposed else _patches
-    patches = found(geometry, widened(inputs), output_size, step, index)
-    return patches.reshape(groups, patches.shape[0] * patches.shape[1] // groups, -1)
+    wide = widened(inputs)
+    views = [found(geometry, wide[images], output_size, step, grid) for images, grid in grids(index, len(wide), step)]
+    I, *kernel = views[0].shape[: 1 + len(step)]
+    counts = [math.prod(view.shape[1 + len(step) :]) for view in views]
+    patches = wide.new_empty(I, math.prod(kernel), sum(counts))
+    for view, own in zip(views, torch.split(patches, counts, 2), strict=True):
+        own.view(view.shape).copy_(view)  # the only copy of what overlaps
+    return patches.view(groups, patches.shape[0] * patches.shape[1] // groups, -1)
 
 
 def sampled_outputs(outputs: Tensor, step: Axes, index: int, tile: Axes) -> Tensor:
     """Outputs [N, O, H', W'] at the positions of `sampled_patches`, as [O, n]."""
-    kept = widened(outputs)
-    for axis, positions in enumerate(_positions(outputs.shape[2:], step, index, tile), start=2):
-        if isinstance(positions, slice):
-            kept = kept[(slice(None),) * axis + (positions,)]
-        else:
-            kept = kept.index_select(axis, positions.to(kept.device))
-    return kept.flatten(2).transpose(0, 1).flatten(1)
+    wide, parts = widened(outputs), []
+    for images, grid in grids(index, len(wide), step):
+        kept = wide[images]
+        for axis, positions in enumerate(_positions(outputs.shape[2:], step, grid, tile), start=2):
+            if isinstance(positions, slice):
+                kept = kept[(slice(None),) * axis + (positions,)]
+            else:
+                kept = kept.index_select(axis, positions.to(kept.device))
+        parts.append(kept.flatten(2).transpose(0, 1).flatten(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def evenly(count: int, step: float, index: int) -> Tensor:
@@ -117,7 +126,7 @@ def tile_of(geometry: Convolution) -> Axes:
 
 
 def _patches(geometry: Convolution, inputs: Tensor, output_size: Sequence[int], step: Axes, index: int) -> Tensor:
-    """[I, K, n]: windows that are views of the padded input, copied once."""
+    """[I, *kernel, N, *positions]: windows that are views of the padded input."""
     x, axes = padded(geometry, inputs), len(step)
     kernel, stride, dilation = _geometry(geometry)
     for axis, first in enumerate(_corner(output_size, step, index)):
@@ -125,14 +134,13 @@ def _patches(geometry: Convolution, inputs: Tensor, output_size: Sequence[int], 
         x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, step[axis] * stride[axis])
         x = x[..., :: dilation[axis]]
     channel, image, outputs = 1, 0, range(2, 2 + axes)
-    x = x.permute(channel, *range(2 + axes, 2 + 2 * axes), image, *outputs)
-    return x.reshape(x.shape[0], math.prod(kernel), -1)
+    return x.permute(channel, *range(2 + axes, 2 + 2 * axes), image, *outputs)
 
 
 def _patches_transposed(
     geometry: Convolution, inputs: Tensor, output_size: Sequence[int], step: Axes, index: int
 ) -> Tensor:
-    """[I, K, n]: output u sees at kernel position k the input t where stride t + dilation k - padding = u, if any."""
+    """[I, *kernel, N, *positions]: output u sees at kernel position k the input (u + padding - dilation k) / stride."""
     kernel, stride, dilation = _geometry(geometry)
     assert not isinstance(geometry.padding, str)
     padding = per_axis(geometry.padding, len(step))
@@ -147,8 +155,7 @@ def _patches_transposed(
         read = x.index_select(2 + 2 * axis, seen.flatten().to(x.device))
         x = read.reshape(*x.shape[: 2 + 2 * axis], *seen.shape, *x.shape[3 + 2 * axis :])
     around = range(2, 2 + 2 * len(step))  # kernel and output positions in turns
-    x = x.permute(1, *around[::2], 0, *around[1::2])
-    return x.reshape(x.shape[0], math.prod(kernel), -1)
+    return x.permute(1, *around[::2], 0, *around[1::2])
 
 
 def _geometry(conv: Convolution) -> tuple[Axes, Axes, Axes]:
@@ -296,13 +303,12 @@ def measure_marginals(
         assert given.tensor is not None
         axes, conv = axes_of(convs[name]), reader_of(convs[name])
         x, y = as_map(given.tensor, axes), as_map(next(tensors_in(output)), axes)
-        positions, size, limit = math.prod(conv.kernel_size), y.shape[2:], SAMPLE_BYTES // 4
-        step = thinning(size, y.shape[0] * count, conv.in_channels * positions, limit, tile_of(conv))
-        parts_of_batch = grids(seen[name], len(x), step)
+        positions, size = math.prod(conv.kernel_size), y.shape[2:]
+        numbers = conv.in_channels * positions
+        wanted = positions_wanted(numbers // conv.groups, numbers, SAMPLE_BYTES // 4)
+        step = thinning(size, y.shape[0] * count, wanted, tile_of(conv))
+        patches = sampled_patches(conv, conv.groups, x, size, step, seen[name])
         seen[name] += 1
-        patches = torch.cat(
-            [sampled_patches(conv, conv.groups, x[images], size, step, grid) for images, grid in parts_of_batch], 2
-        )
         patches = patches.reshape(conv.groups, conv.in_channels // conv.groups, positions, -1)  # [G, I, K, n]
         centred = patches - patches.mean((2, 3), keepdim=True)
         if centred.square().sum() <= ROUNDING * patches.square().sum():
@@ -335,16 +341,14 @@ def _varies(moment: Tensor) -> bool:
     return bool(moment.diagonal(dim1=1, dim2=2).mean() > 0)
 
 
-def thinning(
-    output_size: Sequence[int], images: int, unknowns: int, limit: int = SAMPLE_BYTES, tile: Axes | None = None
-) -> Axes:
-    """How far apart tiles of outputs may lie in each axis, so that enough remain of `images` (in all processes).
+def positions_wanted(unknowns: int, numbers: int, limit: int = SAMPLE_BYTES) -> float:
+    """How many positions are enough for so many unknowns, as far as float32 patches of `numbers` fit into `limit`."""
+    return min(max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS), limit / (4 * numbers))
 
-    Enough for each of the `unknowns`, inputs times kernel positions, in float32 patches that take `limit` bytes.
-    """
-    affordable = limit / (4 * unknowns)
-    wanted = max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS)
-    apart = images * math.prod(output_size) / min(wanted, affordable)
+
+def thinning(output_size: Sequence[int], images: int, wanted: float, tile: Axes | None = None) -> Axes:
+    """How far apart tiles of outputs may lie in each axis, so that enough remain of the `images` of all processes."""
+    apart = images * math.prod(output_size) / wanted
     sizes = tiles(output_size, tile or (1,) * len(output_size))
     steps: dict[int, int] = {}
     backwards = range(len(sizes) - 1, -1, -1)

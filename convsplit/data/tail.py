@@ -62,14 +62,15 @@ class Tail:
         """What the model passes on."""
         return z if self.ceiling is None else z.clamp(0, self.ceiling)
 
-    def nearest(self, wanted: Tensor, current: Tensor) -> Tensor:
-        """Of all z with the same activation as `wanted`, the one nearest to `current`."""
+    def equal_answers(self, wanted: Tensor, shortcut: Tensor | None, otherwise: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest of the answers y after which the model passes on what it does after `wanted`."""
         if self.ceiling is None:
-            return wanted
-        target = torch.where(wanted > 0, wanted, current.clamp_max(0))
-        if math.isinf(self.ceiling):
-            return target
-        return torch.where(wanted < self.ceiling, target, current.clamp_min(self.ceiling))
+            y = self.question(wanted, shortcut, otherwise)
+            return y, y
+        least = wanted.masked_fill(wanted <= 0, -math.inf).clamp_max_(self.ceiling)
+        largest = wanted.masked_fill(wanted >= self.ceiling, math.inf).clamp_min_(0)
+        ends = [self.question(z, shortcut, otherwise) for z in (least, largest)]
+        return torch.minimum(*ends), torch.maximum(*ends)  # batch norm may turn the sign
 
 
 NO_TAIL = Tail()

@@ -35,15 +35,15 @@ class Overlap:
     positions_hw: Pair
 
     @classmethod
-    def of(cls, reader: Convolution, groups: int, positions_hw: Sequence[int]) -> Overlap | None:
-        """How the patches of a convolution overlap; None where knowing that would not save time, or for other axes."""
+    def of(cls, reader: Convolution, channels: int, positions_hw: Sequence[int]) -> Overlap | None:
+        """How patches of so many channels overlap; None where knowing that would save no time, or for other axes."""
         if axes_of(reader) != 2 or reader.transposed:
             return None
         height, width = positions_hw
         found = cls(pair(reader.kernel_size), pair(reader.dilation), (height, width))
         holds_strips = all(size > 2 * d for size, d in zip(found.positions_hw, found.dilation, strict=True))
         moves = tuple(reader.stride) == (1, 1) and math.prod(found.kernel_size) > 1
-        saves = reader.in_channels // groups * min(height, width) >= LEAST_WORK
+        saves = channels * min(height, width) >= LEAST_WORK
         return found if holds_strips and moves and saves else None
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from convsplit.data.moments import (
     as_map,
     evenly,
-    grids,
+    positions_wanted,
     reader_of,
     sampled_outputs,
     sampled_patches,
@@ -35,27 +35,34 @@ from convsplit.spec import Axes, Convolution, axes_of
 
 Result = TypeVar("Result")
 
+PIECE = 4096  # positions that are worked on at a time
+JOINED = 4  # positions for each unknown, up to which batches with fewer of them are joined
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One batch, or some of its images, at some of their positions."""
+    """One batch at some of its positions."""
 
     patches: Tensor  # [G, P, n], what reaches the layer in the converted model
     answers: Tensor  # [O, n], what the layer answers in the original
-    shortcuts: tuple[Tensor, Tensor] | None  # [O, n], what is added to that in the original and the converted model
+    wanted: Tensor  # [O, n], what stands before the activation there
+    added: Tensor | None = None  # [O, n], what the converted model adds to the layer's answer
     overlap: Overlap | None = None  # of patches at all positions
-    grid: int = 0  # what number the grid of positions has
+    batch: int = 0  # which one, in all processes
 
     @classmethod
     def of(cls, parts: Sequence[Sample]) -> Sample:
         """Several batches, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        own, other = ([part.shortcuts[which] for part in parts if part.shortcuts] for which in range(2))
-        return cls(
-            torch.cat([part.patches for part in parts], 2), torch.cat([part.answers for part in parts], 1),
-            (torch.cat(own, 1), torch.cat(other, 1)) if own else None, parts[0].overlap,
-        )  # fmt: skip
+        added = [part.added for part in parts if part.added is not None]
+        return replace(
+            parts[0],
+            patches=torch.cat([part.patches for part in parts], 2),
+            answers=torch.cat([part.answers for part in parts], 1),
+            wanted=torch.cat([part.wanted for part in parts], 1),
+            added=torch.cat(added, 1) if added else None,
+        )
 
     @property
     def positions(self) -> int:
@@ -65,16 +72,10 @@ class Sample:
     def at(self, positions: Tensor) -> Sample:
         """The same at some of the positions [m]."""
         here = positions.to(self.answers.device)
-        own, other = self.shortcuts or (None, None)
         return Sample(
-            self.patches.index_select(2, here), self.answers.index_select(1, here),
-            None if own is None or other is None else (own.index_select(1, here), other.index_select(1, here)),
+            self.patches.index_select(2, here), self.answers.index_select(1, here), self.wanted.index_select(1, here),
+            None if self.added is None else self.added.index_select(1, here), batch=self.batch,
         )  # fmt: skip
-
-    @property
-    def added(self) -> Tensor | None:
-        """What the converted model adds to the layer's answer."""
-        return self.shortcuts[1] if self.shortcuts else None
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,12 @@ class Samples:
         return replace(self, batches=list(self.each(filtered)))
 
     def thinned(self, wanted: int) -> Samples:
-        """About as many positions as `wanted` of all processes', evenly spread, and others of each grid."""
+        """About as many positions as `wanted` of all processes', evenly spread, and others of each batch."""
         count = int(reduced_numbers(sum(sample.positions for sample in self.batches))[0])
         step = count / wanted
         if step < 2:
             return self
-        chosen = [evenly(sample.positions, step, sample.grid) for sample in self.batches]
+        chosen = [evenly(sample.positions, step, sample.batch) for sample in self.batches]
         return replace(self, batches=list(self.each(Sample.at, chosen)))
 
     def joined(self) -> Samples:
@@ -109,8 +110,9 @@ class Samples:
         joined: list[Sample] = []
         waiting: list[Sample] = []
         for sample in self.batches:
-            enough = sum(each.positions for each in waiting) >= sample.patches.shape[1]
-            if waiting and (enough or waiting[0].overlap != sample.overlap):
+            unknowns, held = sample.patches.shape[1], sum(each.positions for each in waiting)
+            fit = held < JOINED * unknowns and sample.positions < unknowns
+            if waiting and not (fit and waiting[0].positions < unknowns and waiting[0].overlap == sample.overlap):
                 joined.append(Sample.of(waiting))
                 waiting = []
             waiting.append(sample)
@@ -118,20 +120,14 @@ class Samples:
 
     def targets(self) -> list[Tensor]:
         """What the layer should answer [O, n] in each batch, so that the model goes on as the original does."""
-        return [
-            self.tail.question(wanted, sample.added, otherwise=sample.answers)
-            for sample, wanted in zip(self.batches, self.wanted, strict=True)
-        ]
+        return [self.tail.question(sample.wanted, sample.added, otherwise=sample.answers) for sample in self.batches]
 
-    def nearest_targets(self, kernel: Tensor, bias: Tensor) -> list[Tensor]:
-        """The same where any answer that the activation makes equal will do: those nearest to the current ones."""
-
-        def nearest(sample: Sample, wanted: Tensor) -> Tensor:
-            current = self.tail.answer(_answer(sample, kernel, bias), sample.added)
-            z = self.tail.nearest(wanted, current)
-            return self.tail.question(z, sample.added, otherwise=sample.answers)
-
-        return list(self.each(nearest, self.wanted))
+    @cached_property
+    def equal_answers(self) -> list[tuple[Tensor, Tensor]]:
+        """The least and the largest answers [O, n] in each batch after which the model goes on as the original does."""
+        return list(
+            self.each(lambda sample: self.tail.equal_answers(sample.wanted, sample.added, otherwise=sample.answers))
+        )
 
     @property
     def vary(self) -> bool:
@@ -146,53 +142,64 @@ class Samples:
     def error(self, kernel: Tensor, bias: Tensor) -> float:
         """Squared error of what the model passes on, for kernels [G, O, I, K], relative to its variance."""
 
-        def missed(sample: Sample, wanted: Tensor) -> Tensor:
-            z = self.tail.answer(_answer(sample, kernel, bias), sample.added)
-            return (self.tail.activated(z) - self.tail.activated(wanted)).double().square().sum()
+        def missed(sample: Sample) -> Tensor:
+            total = torch.zeros((), dtype=torch.float64, device=sample.answers.device)
+            for x, wanted, added in _pieces(sample.patches, sample.wanted, sample.added):
+                z = self.tail.answer(_answer(x, kernel, bias), added)
+                total += self.tail.activated(z).sub_(self.tail.activated(wanted)).square_().sum()
+            return total
 
-        return float(
-            _total(self.each(missed, self.wanted)) / self._variance.clamp_min(torch.finfo(torch.float64).tiny)
-        )
-
-    @cached_property
-    def wanted(self) -> list[Tensor]:
-        """What stands before the activation in the original [O, n], in each batch."""
-        return [
-            self.tail.answer(sample.answers, sample.shortcuts[0] if sample.shortcuts else None)
-            for sample in self.batches
-        ]
+        return float(_total(self.each(missed)) / self._variance.clamp_min(torch.finfo(torch.float64).tiny))
 
     @cached_property
     def _variance(self) -> Tensor:
         """Of what the original passes on, summed over positions and channels of all processes."""
-        sums = [(y.double().square().sum(), y.double().sum(1)) for y in map(self.tail.activated, self.wanted)]
-        energy, total = (_total(parts) for parts in zip(*sums, strict=True))
+
+        def sums(sample: Sample) -> tuple[Tensor, Tensor]:
+            passed = self.tail.activated(sample.wanted).double()
+            return passed.sum(1), passed.square_().sum()
+
+        total, energy = (_total(parts) for parts in zip(*self.each(sums), strict=True))
         count = all_reduced(torch.tensor(sum(sample.positions for sample in self.batches), device="cpu"))
         return energy - total.square().sum() / count
 
     def each(
-        self, function: Callable[..., Result], *of_each: Sequence[Tensor], made: float | None = None
+        self, function: Callable[..., Result], *of_each: Sequence[Any], made: float | None = None
     ) -> Iterator[Result]:
         """`function(sample, ...)` of each batch, side by side; results of `made` numbers, by default like patches."""
-        read = max((sample.patches.numel() for sample in self.batches), default=0)
+        numbers = [sample.patches.numel() for sample in self.batches]
         given = zip(self.batches, *of_each, strict=True)
         device = self.batches[0].patches.device if self.batches else None
         return side_by_side(
-            lambda own: function(*own), given, read=read, made=read if made is None else made, device=device
-        )
+            lambda own: function(*own), given, read=sum(numbers),
+            made=max(numbers, default=0) if made is None else made, device=device,
+        )  # fmt: skip
 
 
-def _answer(sample: Sample, kernel: Tensor, bias: Tensor) -> Tensor:
-    weights = kernel.flatten(2).to(sample.patches)
-    return (weights @ sample.patches).flatten(0, 1).add_(bias.to(sample.patches)[:, None])
+def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Views of the tensors [..., n], or None, at a few positions each: what is made of them stays in a core's cache."""
+    most = max(tensor.shape[-1] for tensor in tensors if tensor is not None)
+    for first in range(0, most, PIECE):
+        yield tuple(None if tensor is None else tensor[..., first : first + PIECE] for tensor in tensors)
+
+
+def _answer(patches: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """What kernels [G, O, I, K] answer [G·O, n] to patches [G, P, n]."""
+    weights = kernel.flatten(2).to(patches)
+    return (weights @ patches).flatten(0, 1).add_(bias.to(patches)[:, None])
 
 
 def take_samples(
-    reader: Convolution, stop: Stop, groups: int, before: Callable[[Tensor, Axes], Tensor] | None = None
+    reader: Convolution,
+    stop: Stop,
+    groups: int,
+    before: Callable[[Tensor, Axes], Tensor] | None = None,
+    unknowns: int | None = None,
 ) -> Samples:
-    """Sample what the walk has stopped at, thinned out as the number of calls allows.
+    """Sample what the walk has stopped at, thinned out as the number of calls and of `unknowns` allows.
 
-    Patches are those that `reader` sees, of what `before` makes of the inputs where the answers have a given size.
+    Patches are those that `reader` sees, of what `before` makes of the inputs where the answers have a given size. Each
+    output has as many unknowns as patches have values, unless there are fewer.
 
     Raises:
         ValueError: a batch led to NaN or infinite values (says which).
@@ -205,16 +212,17 @@ def take_samples(
         size = tuple(answers.shape[2:])
         features = as_map(given if before is None else before(given, size), axes)
         if index == 0:
-            unknowns = reader.in_channels * math.prod(reader.kernel_size)
+            numbers = features.shape[1] * math.prod(reader.kernel_size)
             count = int(reduced_numbers(len(answers) * stop.calls)[0])
-            step = thinning(size, count, unknowns, tile=tile)
-        whole = Overlap.of(reader, groups, size) if max(step) == 1 else None
-        for images, grid in grids(index, len(features), step):
-            patches = sampled_patches(reader, groups, features[images], size, step, grid)
-            wanted, *added = (sampled_outputs(each[images], step, grid, tile) for each in (answers, *shortcuts))
-            if not (_finite(patches) and _finite(wanted)):
-                raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
-            taken.append(Sample(patches, wanted, (added[0], added[1]) if added else None, whole, grid))
+            wanted = positions_wanted(min(numbers // groups, unknowns or numbers), numbers)
+            step = thinning(size, count, wanted, tile=tile)
+        whole = Overlap.of(reader, features.shape[1] // groups, size) if max(step) == 1 else None
+        patches = sampled_patches(reader, groups, features, size, step, index)
+        own, *added = (sampled_outputs(each, step, index, tile) for each in (answers, *shortcuts))
+        if not (_finite(patches) and _finite(own)):
+            raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
+        before_activation = stop.tail.answer(own, added[0] if added else None)
+        taken.append(Sample(patches, own, before_activation, added[1] if added else None, whole, index))
     return Samples(taken, stop.tail)
 
 
@@ -234,25 +242,43 @@ class Moments:
     count: int  # of positions, in all processes
 
     @classmethod
-    def of(cls, samples: Samples, targets: Sequence[Tensor]) -> Moments:
-        """Moments of all patches and of targets [O, n]."""
+    def of(cls, samples: Samples) -> Moments:
+        """Moments of all patches, with no targets yet."""
         patches = [sample.patches for sample in samples.batches]
         count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches), device="cpu")))
-        mean = _total(x.sum(2) for x in patches) / count
+        mean = _total(samples.each(lambda own: own.patches.sum(2), made=patches[0].shape[1])) / count
         products = samples.each(lambda own: gram(own.patches, own.overlap), made=mean.numel() * mean.shape[1])
         second = _total(products).div_(count).sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
-        empty = second.new_empty(0)
-        return cls(second, empty, mean, empty, count).towards(samples, targets)
+        nothing = second.new_zeros(len(mean), 0)
+        return cls(second, second.new_zeros(len(mean), 0, mean.shape[1]), mean, nothing, count)
 
     def towards(self, samples: Samples, targets: Sequence[Tensor]) -> Moments:
-        """The same patches with other targets."""
-        G = len(self.patch_mean)
-        grouped = [y.reshape(G, len(y) // G, -1) for y in targets]
-        mean = _total(y.sum(2) for y in grouped) / self.count
-        cross = _total(samples.each(lambda own, y: y @ own.patches.mT, grouped))
-        return replace(
-            self, cross=cross / self.count - mean.unsqueeze(2) * self.patch_mean.unsqueeze(1), target_mean=mean
-        )
+        """The same patches with targets [O, n] in each batch."""
+
+        def sums(sample: Sample, y: Tensor) -> tuple[Tensor, Tensor]:
+            own = _grouped(y, len(self.patches))
+            return own.sum(2), own @ sample.patches.mT
+
+        return self._with(samples.each(sums, targets))
+
+    def towards_nearest(self, samples: Samples, kernel: Tensor, bias: Tensor) -> Moments:
+        """The same where any answer that the activation makes equal will do: those nearest to the current ones."""
+
+        def sums(sample: Sample, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            mean, cross = torch.zeros((), device=bias.device), torch.zeros((), device=bias.device)
+            for x, least, largest in _pieces(sample.patches, *ends):
+                y = _grouped(_answer(x, kernel, bias).clamp_(least, largest), len(x))
+                mean, cross = mean + y.sum(2), cross + y @ x.mT
+            return mean, cross
+
+        return self._with(samples.each(sums, samples.equal_answers))
+
+    def _with(self, sums: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+        """The same with targets of which each batch has given the sum [G, O], and that of products [G, O, P]."""
+        total, products = (_total(parts) for parts in zip(*sums, strict=True))
+        mean = total / self.count
+        cross = products / self.count - mean.unsqueeze(2) * self.patch_mean.unsqueeze(1)
+        return replace(self, cross=cross, target_mean=mean)
 
     def uncentred(self) -> Moments:
         """The same about zero: for a layer that has no bias."""
@@ -261,6 +287,11 @@ class Moments:
             self.patches + self.patch_mean.unsqueeze(2) * m, self.cross + t * m,
             torch.zeros_like(self.patch_mean), torch.zeros_like(self.target_mean), self.count,
         )  # fmt: skip
+
+
+def _grouped(y: Tensor, groups: int) -> Tensor:
+    """[O, n] as [G, O / G, n]."""
+    return y.reshape(groups, len(y) // groups, -1)
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

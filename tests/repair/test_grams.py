@@ -25,7 +25,7 @@ def test_overlapping_patches_have_the_products_of_any(name: str, monkeypatch: py
     reader = nn.Conv2d(6, 4, **CONVOLUTIONS[name])
     x = torch.randn(3, 6, 10, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positions = reader.double()(x).shape[-2:]
-    overlap = Overlap.of(reader, reader.groups, positions)
+    overlap = Overlap.of(reader, 6 // reader.groups, positions)
     assert overlap is not None
     patches = sampled_patches(reader, reader.groups, x, positions, (1, 1), 0)
     torch.testing.assert_close(gram(patches, overlap), patches @ patches.mT)
@@ -35,7 +35,7 @@ def test_overlapping_patches_have_the_products_of_any(name: str, monkeypatch: py
 @pytest.mark.parametrize("change", [{"stride": 2}, {"kernel_size": 1}, {"dilation": 5, "padding": 5}])
 def test_patches_that_do_not_overlap_enough_are_taken_as_they_are(change: dict[str, int]) -> None:
     reader = nn.Conv2d(grams.LEAST_WORK, 4, **{"kernel_size": 3, **change})
-    assert Overlap.of(reader, 1, (8, 8)) is None
+    assert Overlap.of(reader, reader.in_channels, (8, 8)) is None
 
 
 def test_many_rows_are_multiplied_in_blocks() -> None:

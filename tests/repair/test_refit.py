@@ -15,13 +15,24 @@ import convsplit
 from convsplit import Budget, SeparableConv2d
 from convsplit.data.baton import Pass
 from convsplit.data.following import see_what_follows
-from convsplit.data.moments import LEAST_POSITIONS, POSITIONS_PER_UNKNOWN, evenly, padded, thinning
+from convsplit.data.moments import (
+    LEAST_POSITIONS,
+    POSITIONS_PER_UNKNOWN,
+    evenly,
+    padded,
+    positions_wanted,
+    sampled_outputs,
+    sampled_patches,
+    thinning,
+    tile_of,
+)
 from convsplit.data.sensitivity import measure_sensitivity
-from convsplit.data.tail import NO_TAIL
+from convsplit.data.tail import NO_TAIL, Tail
 from convsplit.data.walk import Stop, walk
 from convsplit.forms import FORMS, Factors, grouped
 from convsplit.lowrank import cp
 from convsplit.repair.fits import AllFactors, LastPointwise
+from convsplit.repair.grams import Overlap
 from convsplit.repair.samples import Moments, Sample, Samples, take_samples
 from convsplit.repair.solve import Metric, Quadratic, fit_factors, improved, quadratics
 
@@ -109,7 +120,7 @@ def test_patches_are_what_a_convolution_sees():
     conv = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, bias=False)
     x = torch.randn(8, 4, 9, 9)
     samples = take_samples(conv, Stop("", 1, lambda: iter([(x, conv(x), None)])), 2)
-    moments = Moments.of(samples, samples.targets())
+    moments = Moments.of(samples).towards(samples, samples.targets())
     problems = quadratics(grouped(conv.weight.detach() * 0, 2), moments, Metric.of(moments, 6, 1e-9))
     best = torch.cat([problem.best for problem in problems])
     torch.testing.assert_close(best.float(), grouped(conv.weight.detach(), 2).flatten(0, 1), rtol=1e-3, atol=1e-4)
@@ -121,8 +132,8 @@ def test_moments_are_those_of_all_positions(monkeypatch):
         sys.modules["convsplit.repair.grams"], "LEAST_BLOCK", 7
     )  # blocks of a moment, the last smaller
     parts = [(torch.randn(2, 20, 30), torch.randn(2 * 5, 30)) for _ in range(3)]
-    samples = Samples([Sample(x, y, None) for x, y in parts], NO_TAIL)
-    moments = Moments.of(samples, samples.targets())
+    samples = Samples([Sample(x, y, y) for x, y in parts], NO_TAIL)
+    moments = Moments.of(samples).towards(samples, samples.targets())
     x, y = (torch.cat(each, -1).double() for each in zip(*parts, strict=True))
     for group in range(2):
         both = torch.cov(torch.cat([x[group], y[5 * group : 5 * group + 5]]), correction=0)
@@ -133,29 +144,60 @@ def test_moments_are_those_of_all_positions(monkeypatch):
 @pytest.mark.parametrize(("hw", "images"), [((56, 56), 64), ((257, 1), 64), ((1, 3000), 8), ((2, 2), 4), ((1, 1), 1)])
 def test_positions_are_thinned_out_to_what_is_wanted(hw, images):
     for unknowns, limit in ((144, 1 << 20), (4, 1 << 30)):
-        apart = thinning(hw, images, unknowns, limit)
+        wanted = positions_wanted(unknowns, unknowns, limit)
+        assert wanted == min(max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS), limit / (4 * unknowns))
+        apart = thinning(hw, images, wanted)
         kept = images * -(-hw[0] // apart[0]) * -(-hw[1] // apart[1])
-        wanted = min(max(POSITIONS_PER_UNKNOWN * unknowns, LEAST_POSITIONS), limit / (4 * unknowns))
         assert all(1 <= step <= side for step, side in zip(apart, hw, strict=True))
         assert kept >= min(0.5 * wanted, images * hw[0] * hw[1])
         assert kept <= max(2 * wanted, images) + images
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("images", [1, 16, 40])
+def test_patches_and_outputs_are_of_the_same_positions(images, transposed):
+    """Also of batches whose images share several grids, which need not have equally many positions."""
+    torch.manual_seed(0)
+    conv = (nn.ConvTranspose2d if transposed else nn.Conv2d)(4, 6, 3, stride=2, padding=1, groups=2, bias=False)
+    x = torch.randn(images, 4, 11, 10)
+    with torch.no_grad():
+        wanted = conv(x)
+        kernel, size = grouped(conv.weight, 2, transposed).flatten(2), wanted.shape[2:]
+        for batch in range(3):
+            patches = sampled_patches(conv, 2, x, size, (3, 2), batch)
+            outputs = sampled_outputs(wanted, (3, 2), batch, tile_of(conv))
+            torch.testing.assert_close((kernel @ patches).flatten(0, 1), outputs)
+
+
+def test_layers_of_few_components_are_looked_at_through_all_their_inputs(monkeypatch):
+    """What patches cost depends on the inputs, how many are enough on the components where those are fewer."""
+    monkeypatch.setattr("convsplit.data.moments.LEAST_POSITIONS", 1000)
+    x = torch.randn(4, 64, 40, 40)
+    conv = nn.Conv2d(64, 8, 3, padding=1)
+    taken = {}
+    for components in (2, 200):
+        layer = SeparableConv2d.from_conv(conv, form="pw-dw-pw", components=components)
+        fit = AllFactors(layer, grouped(conv.weight.detach(), 1), fresh=True, seed=0)
+        (taken[components],) = fit.take(Stop("", 1, lambda: iter([(x, conv(x).detach(), None)]))).batches
+    assert 1000 < taken[2].positions < taken[200].positions == x[:, 0].numel()
+    assert taken[2].overlap is None
+    assert taken[200].overlap == Overlap((3, 3), (1, 1), (40, 40))
+
+
 @pytest.mark.parametrize(("count", "wanted"), [(640, 50), (640, 300), (9, 4), (1, 5), (640, 641)])
 def test_some_of_the_positions_are_those_of_all(count, wanted):
-    """Patches, answers and shortcuts at the same positions, about as many of them as wanted."""
+    """Patches, answers and what is added at the same positions, about as many of them as wanted."""
     place = torch.arange(8.0 * count).reshape(8, count)
     parts = [
-        Sample(row.expand(2, 3, -1), row.expand(4, -1), (row[None], -row[None]), grid=grid)
-        for grid, row in enumerate(place)
+        Sample(row.expand(2, 3, -1), row.expand(4, -1), row[None], -row[None], batch=batch)
+        for batch, row in enumerate(place)
     ]
     some = Samples(parts, NO_TAIL).thinned(wanted)
     kept = torch.cat([sample.answers[0] for sample in some.batches])
     assert len(kept) == (8 * count if 2 * wanted > 8 * count else pytest.approx(wanted, rel=0.2, abs=2))
     assert len(kept.unique()) == len(kept)
     for sample in some.batches:
-        own, other = sample.shortcuts
-        for each in (*sample.patches.flatten(0, 1), *sample.answers, own[0], -other[0]):
+        for each in (*sample.patches.flatten(0, 1), *sample.answers, sample.wanted[0], -sample.added[0]):
             assert torch.equal(each, sample.answers[0])
 
 
@@ -392,6 +434,28 @@ def test_tails_are_found_for_what_they_are():
         tail = see_what_follows(model, ["normed"], torch.randn(2, 3, 9, 9), None).tails["normed"]
     y = torch.randn(8, 50)
     torch.testing.assert_close(tail.question(tail.answer(y, None), None, otherwise=y), y)
+
+
+@pytest.mark.parametrize("ceiling", [None, math.inf, 6.0])
+def test_answers_are_equal_where_the_activation_makes_them_so(ceiling):
+    """Of those the nearest is the clamped one; where batch norm gives nearly nothing the layer keeps its own."""
+    torch.manual_seed(0)
+    scale = torch.tensor([1.0, -2.0, 0.5, 1e-9])
+    tail = Tail(scale, torch.randn(4), ceiling=ceiling)
+    wanted, added, current = (8 * torch.randn(4, 500) for _ in range(3))
+    own = torch.randn(4, 500)
+    least, largest = tail.equal_answers(wanted, added, otherwise=own)
+    assert (least <= largest).all()
+    assert torch.equal(least[3], own[3])
+    assert torch.equal(largest[3], own[3])
+    for answer in (current.clamp(least, largest), least.clamp_min(-50), largest.clamp_max(50)):
+        passed = tail.activated(tail.answer(answer.clamp(least, largest), added))
+        torch.testing.assert_close(passed[:3], tail.activated(wanted)[:3], rtol=1e-4, atol=1e-4)
+    free = (least < current) & (current < largest)
+    assert bool(free.any()) == (ceiling is not None)
+    for end, direction in ((least, -0.01), (largest, 0.01)):  # a little further it is another answer
+        apart = (tail.activated(tail.answer(end + direction, added)) - tail.activated(wanted)).abs()
+        assert (apart[:3] > 1e-3)[end[:3].isfinite()].all()
 
 
 class Awkward(nn.Module):
@@ -745,9 +809,9 @@ def test_running_out_of_memory_is_not_taken_for_a_missing_derivative(monkeypatch
         measure_sensitivity(nn.Sequential(nn.Conv2d(3, 2, 1)), ["0"], [torch.zeros(1, 3, 8, 8)])
 
 
-@pytest.mark.parametrize(("size", "joined"), [(1, 2), (5, 2), (16, 1)])
+@pytest.mark.parametrize(("size", "joined"), [(1, 2), (5, 2), (16, 3)])
 def test_small_batches_are_joined_and_tell_the_same(size, joined):
-    conv, x = nn.Conv2d(8, 4, 3), torch.randn(16, 8, 5, 5)
+    conv, x = nn.Conv2d(8, 4, 3), torch.randn(48, 8, 5, 5)
 
     def taken(parts):
         values = [(part, conv(part), (conv(part), part[:, :4, 1:-1, 1:-1])) for part in parts]
@@ -755,7 +819,7 @@ def test_small_batches_are_joined_and_tell_the_same(size, joined):
 
     samples, whole = taken(x.split(size)), taken([x])
     assert len(samples.batches) == joined
-    found, wanted = (Moments.of(each, each.targets()) for each in (samples, whole))
+    found, wanted = (Moments.of(each).towards(each, each.targets()) for each in (samples, whole))
     for one, other in zip(vars(found).values(), vars(wanted).values(), strict=True):
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-5, atol=1e-5)
     kernel, bias = torch.randn(1, 4, 8, 9, dtype=torch.float64), torch.randn(4, dtype=torch.float64)

@@ -198,7 +198,7 @@ def test_moments_give_the_dense_least_squares_solution(
         answers = conv(x).detach()
         answers = answers + 0.5 * torch.randn_like(answers)
         samples = take_samples(conv, Stop("", 1, lambda x=x, y=answers: iter([(x, y, None)])), groups)
-        moments = Moments.of(samples, samples.targets()).uncentred()
+        moments = Moments.of(samples).towards(samples, samples.targets()).uncentred()
         nothing = grouped(conv.weight.detach() * 0, groups, transposed)
         best = torch.stack([each.best for each in quadratics(nothing, moments, Metric.of(moments, 3**axes, 1e-9))])
         design = responses(conv, x, groups).double().detach()
