@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -38,8 +39,8 @@ MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in a
 STAGES = ("all", "last", "bias")
 TARGETS = ("activation", "layer")
 LAST_POSITIONS_PER_UNKNOWN = 400  # of a last stage: its targets move with what it answers
-SEEN_POSITIONS = 10_000  # at which errors are measured: before and after the same, so a few tell them apart
-ROUNDS = 4  # of moving the target behind a ReLU
+ROUNDS = 4  # of moving the target behind a ReLU, at most,
+LEAST_GAIN = 0.01  # of the squared distance to it, in a round: then they end
 PULL = 64.0  # inputs with which the ridge is as large as the mean variance; with more it falls in proportion
 SAMPLE_COST = 16  # of samples, as a multiple of that of moments, where memory allows all that are wanted
 MOST_SAMPLED = SAMPLE_BYTES / 4 / POSITIONS_PER_UNKNOWN  # squared unknowns up to which it does
@@ -203,13 +204,12 @@ def _cost(layer: nn.Module) -> float:
 
 
 def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: float) -> Repaired:
-    """Fit a layer to its samples; what comes out worse on some of them is not kept."""
+    """Fit a layer to its samples; what comes out worse on them is not kept."""
     bias = fit.layer.bias
     bias = torch.zeros(len(samples.batches[0].answers), device="cpu") if bias is None else bias.double()
     few = samples.thinned(max(LEAST_POSITIONS, LAST_POSITIONS_PER_UNKNOWN * fit.last_unknowns)).joined()
-    seen = few.thinned(SEEN_POSITIONS)
     samples = samples.joined()
-    before = seen.error(fit.kernel, bias)
+    before = few.error(fit.kernel, bias)
     if not samples.vary:  # equal patches throughout tell nothing about the kernel
         return Repaired(name, before, before)
     moments = Moments.of(samples).towards(samples, samples.targets())
@@ -217,13 +217,17 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
     if samples.tail.ceiling is not None:  # there is a ReLU, and now something to start from
         fit, filters = fit.narrowed()
         if filters is not None:
-            samples = few.through(filters)
-            seen, moments = samples.thinned(SEEN_POSITIONS), Moments.of(samples)
+            samples = few = few.through(filters)
+            moments = Moments.of(samples)
         metrics = Metric.of(fit.centred(moments), fit.original.shape[3], ridge)
+        missed = math.inf
         for _ in range(ROUNDS):
-            moments = moments.towards_nearest(samples, fit.kernel, bias)
+            before_round = missed
+            moments, missed = moments.towards_nearest(samples, fit.kernel, bias)
+            if missed > (1 - LEAST_GAIN) * before_round:
+                break
             bias = fit.fit_to(moments, metrics, F)
-    after = seen.error(fit.kernel, bias)
+    after = few.error(fit.kernel, bias)
     if after < before:
         with _whole(fit.layer):
             fit.store(bias)

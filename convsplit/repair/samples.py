@@ -259,23 +259,33 @@ class Moments:
             own = _grouped(y, len(self.patches))
             return own.sum(2), own @ sample.patches.mT
 
-        return self._with(samples.each(sums, targets))
+        total, products = (_total(parts) for parts in zip(*samples.each(sums, targets), strict=True))
+        return self._with(total, products)
 
-    def towards_nearest(self, samples: Samples, kernel: Tensor, bias: Tensor) -> Moments:
-        """The same where any answer that the activation makes equal will do: those nearest to the current ones."""
+    def towards_nearest(self, samples: Samples, kernel: Tensor, bias: Tensor) -> tuple[Moments, float]:
+        """The same where any answer that the activation makes equal will do: those nearest to the current ones.
 
-        def sums(sample: Sample, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            mean, cross = torch.zeros((), device=bias.device), torch.zeros((), device=bias.device)
+        Also the sum of squared distances to them, over the positions of all processes.
+        """
+        nothing = torch.zeros((), device=bias.device)
+
+        def sums(sample: Sample, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            total, cross, missed = nothing, nothing, nothing
             for x, least, largest in _pieces(sample.patches, *ends):
-                y = _grouped(_answer(x, kernel, bias).clamp_(least, largest), len(x))
-                mean, cross = mean + y.sum(2), cross + y @ x.mT
-            return mean, cross
+                answer = _answer(x, kernel, bias)
+                y = answer.clamp(least, largest)
+                missed = missed + torch.linalg.vector_norm(answer.sub_(y)).square()
+                y = _grouped(y, len(x))
+                total, cross = total + y.sum(2), cross + y @ x.mT
+            return total, cross, missed
 
-        return self._with(samples.each(sums, samples.equal_answers))
+        total, cross, missed = (
+            _total(parts) for parts in zip(*samples.each(sums, samples.equal_answers), strict=True)
+        )
+        return self._with(total, cross), float(missed)
 
-    def _with(self, sums: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-        """The same with targets of which each batch has given the sum [G, O], and that of products [G, O, P]."""
-        total, products = (_total(parts) for parts in zip(*sums, strict=True))
+    def _with(self, total: Tensor, products: Tensor) -> Moments:
+        """The same with targets of the sum [G, O] over all positions; `products` [G, O, P] with patches likewise."""
         mean = total / self.count
         cross = products / self.count - mean.unsqueeze(2) * self.patch_mean.unsqueeze(1)
         return replace(self, cross=cross, target_mean=mean)
