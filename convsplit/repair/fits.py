@@ -55,6 +55,10 @@ class Fit:
         """The moments about the means, which a bias makes good; about zero where there is none."""
         return moments if self.has_bias else moments.uncentred()
 
+    def metrics(self, moments: Moments, ridge: float) -> list[Metric]:
+        """The metric of each group's inputs, which takes over the moments of patches."""
+        return Metric.of(self.centred(moments), self.original.shape[3], ridge)
+
     def fit_to(self, moments: Moments, metrics: list[Metric], F: Tensor | None) -> Tensor:
         """Fit to moments, in the metrics of each group's inputs and F [G·O, G·O] of the outputs; returns the bias."""
         centred = self.centred(moments)

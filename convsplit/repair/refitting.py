@@ -32,7 +32,6 @@ from convsplit.precision import full_products
 from convsplit.progress import track, warn
 from convsplit.repair.fits import MOST_UNKNOWNS, Fit, fit_of, unknowns
 from convsplit.repair.samples import Moments, Samples
-from convsplit.repair.solve import Metric
 from convsplit.spec import CONVOLUTIONS, Convolution, ConvSpec
 
 MEMORY_LIMIT = 1 << 30  # bytes of features that the passes under way hold, in all
@@ -207,19 +206,21 @@ def _repair(name: str, fit: Fit, samples: Samples, F: Tensor | None, ridge: floa
     """Fit a layer to its samples; what comes out worse on them is not kept."""
     bias = fit.layer.bias
     bias = torch.zeros(len(samples.batches[0].answers), device="cpu") if bias is None else bias.double()
-    few = samples.thinned(max(LEAST_POSITIONS, LAST_POSITIONS_PER_UNKNOWN * fit.last_unknowns)).joined()
-    samples = samples.joined()
+    few = samples.thinned(max(LEAST_POSITIONS, LAST_POSITIONS_PER_UNKNOWN * fit.last_unknowns))
+    all_are_few, few = few is samples, few.joined()
+    samples = few if all_are_few else samples.joined()
     before = few.error(fit.kernel, bias)
     if not samples.vary:  # equal patches throughout tell nothing about the kernel
         return Repaired(name, before, before)
     moments = Moments.of(samples).towards(samples, samples.targets())
-    bias = fit.fit_to(moments, Metric.of(fit.centred(moments), fit.original.shape[3], ridge), F)
+    metrics = fit.metrics(moments, ridge)
+    bias = fit.fit_to(moments, metrics, F)
     if samples.tail.ceiling is not None:  # there is a ReLU, and now something to start from
         fit, filters = fit.narrowed()
         if filters is not None:
             samples = few = few.through(filters)
             moments = Moments.of(samples)
-        metrics = Metric.of(fit.centred(moments), fit.original.shape[3], ridge)
+            metrics = fit.metrics(moments, ridge)
         missed = math.inf
         for _ in range(ROUNDS):
             before_round = missed

@@ -248,7 +248,7 @@ class Moments:
         count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches), device="cpu")))
         mean = _total(samples.each(lambda own: own.patches.sum(2), made=patches[0].shape[1])) / count
         products = samples.each(lambda own: gram(own.patches, own.overlap), made=mean.numel() * mean.shape[1])
-        second = _total(products).div_(count).sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
+        second = _total(products).div_(count).baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
         nothing = second.new_zeros(len(mean), 0)
         return cls(second, second.new_zeros(len(mean), 0, mean.shape[1]), mean, nothing, count)
 
@@ -294,7 +294,7 @@ class Moments:
         """The same about zero: for a layer that has no bias."""
         t, m = self.target_mean.unsqueeze(2), self.patch_mean.unsqueeze(1)
         return Moments(
-            self.patches + self.patch_mean.unsqueeze(2) * m, self.cross + t * m,
+            torch.baddbmm(self.patches, self.patch_mean.unsqueeze(2), m), self.cross + t * m,
             torch.zeros_like(self.patch_mean), torch.zeros_like(self.target_mean), self.count,
         )  # fmt: skip
 

@@ -48,10 +48,12 @@ class Metric:
 
     @classmethod
     def of(cls, moments: Moments, K: int, ridge: float = RIDGE) -> list[Metric]:
-        """The metric of each group."""
+        """The metric of each group. The moments of patches are taken over: wide ones are not there twice."""
+        diagonal = moments.patches.diagonal(dim1=1, dim2=2)
         # A patch whose inputs never change has no variance, but a metric all the same.
-        pulls = (ridge * moments.patches.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)
-        return [cls(_lifted(S, pull), pull, K) for S, pull in zip(moments.patches, pulls, strict=True)]
+        pulls = (ridge * diagonal.mean(1)).clamp_min(1e-12)
+        diagonal.add_(pulls.unsqueeze(1))
+        return [cls(S, pull, K) for S, pull in zip(moments.patches, pulls, strict=True)]
 
     def times(self, filters: Tensor) -> Tensor:
         """S times filters [P, R], in float32 where P is large: it rounds off far less than the ridge adds."""
@@ -68,7 +70,8 @@ class Metric:
 
     @cached_property
     def _factor(self) -> Tensor:
-        return _cholesky(self.narrow)
+        factor, failed = torch.linalg.cholesky_ex(self.narrow)
+        return _cholesky(self.narrow) if failed else factor
 
     @cached_property
     def marginals(self) -> Marginals:
