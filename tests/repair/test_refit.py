@@ -141,6 +141,26 @@ def test_moments_are_those_of_all_positions(monkeypatch):
         torch.testing.assert_close(moments.cross[group], both[20:, :20], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ceiling", [None, math.inf, 6.0])
+def test_moments_towards_the_nearest_answers_are_those_of_them(ceiling, monkeypatch):
+    """Also where a batch is worked on in pieces; and how far the current answers are from them."""
+    monkeypatch.setattr(sys.modules["convsplit.repair.samples"], "PIECE", 13)
+    torch.manual_seed(0)
+    tail = Tail(torch.randn(6), torch.randn(6), ceiling=ceiling)
+    parts = [Sample(torch.randn(2, 8, 40), y := torch.randn(6, 40), tail.answer(y, None)) for _ in range(3)]
+    samples = Samples(parts, tail)
+    kernel, bias = torch.randn(2, 3, 8, 1, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    answers = [(kernel.flatten(2).float() @ part.patches).flatten(0, 1) + bias.float()[:, None] for part in parts]
+    nearest = [y.clamp(*ends) for y, ends in zip(answers, samples.equal_answers, strict=True)]
+    found, missed = Moments.of(samples).towards_nearest(samples, kernel, bias)
+    wanted = Moments.of(samples).towards(samples, nearest)
+    torch.testing.assert_close(found.cross, wanted.cross, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.target_mean, wanted.target_mean, rtol=1e-5, atol=1e-6)
+    assert missed == pytest.approx(
+        sum(float((y - z).square().sum()) for y, z in zip(answers, nearest, strict=True)), 1e-4
+    )
+
+
 @pytest.mark.parametrize(("hw", "images"), [((56, 56), 64), ((257, 1), 64), ((1, 3000), 8), ((2, 2), 4), ((1, 1), 1)])
 def test_positions_are_thinned_out_to_what_is_wanted(hw, images):
     for unknowns, limit in ((144, 1 << 20), (4, 1 << 30)):
