@@ -137,10 +137,10 @@ class AllFactors(Fit):
 
     def take(self, stop: Stop) -> Samples:
         pad = ["pad"] if "pad" in self.layer.stages else []
-        few = self._rank * math.prod(self.layer.kernel_size)
         return take_samples(
-            self.layer.geometry, stop, self.layer.groups, lambda x, size: self.layer.through(pad, x), few
-        )
+            self.layer.geometry, stop, self.layer.groups, lambda x, size: self.layer.through(pad, x),
+            unknowns=self._rank * math.prod(self.layer.kernel_size),
+        )  # fmt: skip
 
     def fit(self, problems: list[Quadratic]) -> None:
         form, even = form_named(self.layer.form), self.layer.even

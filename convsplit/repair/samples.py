@@ -36,6 +36,9 @@ from convsplit.spec import Axes, Convolution, axes_of
 Result = TypeVar("Result")
 
 PIECE = 4096  # positions that are worked on at a time
+DROWNS = (
+    1e-4  # of the square of means: variances below it would be told from products of float32 to a hundredth at best
+)
 JOINED = 4  # positions for each unknown, up to which batches with fewer of them are joined
 
 
@@ -110,9 +113,10 @@ class Samples:
         joined: list[Sample] = []
         waiting: list[Sample] = []
         for sample in self.batches:
-            unknowns, held = sample.patches.shape[1], sum(each.positions for each in waiting)
-            fit = held < JOINED * unknowns and sample.positions < unknowns
-            if waiting and not (fit and waiting[0].positions < unknowns and waiting[0].overlap == sample.overlap):
+            unknowns = sample.patches.shape[1]
+            small = all(each.positions < unknowns for each in (*waiting[:1], sample))
+            full = sum(each.positions for each in waiting) >= JOINED * unknowns
+            if waiting and (full or not small or waiting[0].overlap != sample.overlap):
                 joined.append(Sample.of(waiting))
                 waiting = []
             waiting.append(sample)
@@ -240,24 +244,33 @@ class Moments:
     patch_mean: Tensor  # [G, P]
     target_mean: Tensor  # [G, O]
     count: int  # of positions, in all processes
+    dtype: torch.dtype | None = None  # what products of patches are computed in; None for their own
 
     @classmethod
     def of(cls, samples: Samples) -> Moments:
-        """Moments of all patches, with no targets yet."""
+        """Moments of all patches, with no targets yet: in float64 where rounding of the means would drown variances."""
+        moments = cls._of(samples, None)
+        variance = moments.patches.diagonal(dim1=1, dim2=2).mean()
+        drowns = bool(variance < DROWNS * moments.patch_mean.square().max())
+        return cls._of(samples, torch.float64) if drowns else moments
+
+    @classmethod
+    def _of(cls, samples: Samples, dtype: torch.dtype | None) -> Moments:
         patches = [sample.patches for sample in samples.batches]
         count = int(all_reduced(torch.tensor(sum(x.shape[2] for x in patches), device="cpu")))
-        mean = _total(samples.each(lambda own: own.patches.sum(2), made=patches[0].shape[1])) / count
-        products = samples.each(lambda own: gram(own.patches, own.overlap), made=mean.numel() * mean.shape[1])
+        mean = _total(samples.each(lambda own: own.patches.sum(2, dtype=dtype), made=patches[0].shape[1])) / count
+        products = samples.each(
+            lambda own: gram(own.patches.to(dtype), own.overlap), made=mean.numel() * mean.shape[1]
+        )
         second = _total(products).div_(count).baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
         nothing = second.new_zeros(len(mean), 0)
-        return cls(second, second.new_zeros(len(mean), 0, mean.shape[1]), mean, nothing, count)
+        return cls(second, second.new_zeros(len(mean), 0, mean.shape[1]), mean, nothing, count, dtype)
 
     def towards(self, samples: Samples, targets: Sequence[Tensor]) -> Moments:
         """The same patches with targets [O, n] in each batch."""
 
         def sums(sample: Sample, y: Tensor) -> tuple[Tensor, Tensor]:
-            own = _grouped(y, len(self.patches))
-            return own.sum(2), own @ sample.patches.mT
+            return self._sums(sample.patches, y)
 
         total, products = (_total(parts) for parts in zip(*samples.each(sums, targets), strict=True))
         return self._with(total, products)
@@ -275,14 +288,20 @@ class Moments:
                 answer = _answer(x, kernel, bias)
                 y = answer.clamp(least, largest)
                 missed = missed + torch.linalg.vector_norm(answer.sub_(y)).square()
-                y = _grouped(y, len(x))
-                total, cross = total + y.sum(2), cross + y @ x.mT
+                own = self._sums(x, y)
+                total, cross = total + own[0], cross + own[1]
             return total, cross, missed
 
         total, cross, missed = (
             _total(parts) for parts in zip(*samples.each(sums, samples.equal_answers), strict=True)
         )
         return self._with(total, cross), float(missed)
+
+    def _sums(self, patches: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of targets [O, n] and of their products with patches [G, P, n]: [G, O / G] and [G, O / G, P]."""
+        x = patches.to(self.dtype)
+        y = targets.reshape(len(x), -1, targets.shape[1]).to(x)
+        return y.sum(2), y @ x.mT
 
     def _with(self, total: Tensor, products: Tensor) -> Moments:
         """The same with targets of the sum [G, O] over all positions; `products` [G, O, P] with patches likewise."""
@@ -295,13 +314,8 @@ class Moments:
         t, m = self.target_mean.unsqueeze(2), self.patch_mean.unsqueeze(1)
         return Moments(
             torch.baddbmm(self.patches, self.patch_mean.unsqueeze(2), m), self.cross + t * m,
-            torch.zeros_like(self.patch_mean), torch.zeros_like(self.target_mean), self.count,
+            torch.zeros_like(self.patch_mean), torch.zeros_like(self.target_mean), self.count, self.dtype,
         )  # fmt: skip
-
-
-def _grouped(y: Tensor, groups: int) -> Tensor:
-    """[O, n] as [G, O / G, n]."""
-    return y.reshape(groups, len(y) // groups, -1)
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
