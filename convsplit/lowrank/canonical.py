@@ -51,7 +51,7 @@ def cp(
     """Fit `rank` components to weight[G,O,I,K].
 
     start: a fit of any rank to continue from; it is grown from its residual or cut to its largest components. Without
-        one, the best SVD form; tiny kernels try several starts beside it.
+        one, the best SVD form; tiny kernels try several starts beside it, unless `iterations` cuts the fit short.
     iterations: most sweeps; by default what a fixed number of flops buys: small kernels converge, large ones end early.
     tolerance: stop when a sweep lowers the error by less than this fraction of it.
 
@@ -94,8 +94,8 @@ def cp_each(
         most = max(ranks[index] for index in open_)
         shape = weights[open_[0]].shape
         sweeps = iterations or affordable(shape, most, FIT_FLOPS, MIN_SWEEPS, MAX_SWEEPS)
-        grown = starts is not None and all(starts[index] is not None for index in open_)
-        count = 1 if grown else affordable(shape, most, TINY_FLOPS, 1, MAX_STARTS)
+        # A short fit from another one, as curves are made of, needs no second opinion.
+        count = 1 if iterations and starts else affordable(shape, most, TINY_FLOPS, 1, MAX_STARTS)
         dtype = torch.float64 if math.prod(shape[1:]) * most <= FLOAT64_WORK else torch.float32
 
         def fitted(which: list[int], dtype: torch.dtype, starts: Sequence[CP | None]) -> None:
