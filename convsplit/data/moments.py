@@ -58,13 +58,14 @@ def padded(geometry: Convolution, x: Tensor) -> Tensor:
     return F.pad(x, padding_around(geometry), mode=mode)
 
 
-def grids(index: int, images: int, step: Axes) -> Iterator[tuple[slice, int]]:
-    """The images of a batch that are looked at at the same positions, and the number of that grid in all processes.
+def in_all_processes(index: int) -> int:
+    """The number of a process's batch among those of all: as one alone would have it, if they are dealt out in turn."""
+    return index * distributed.get_world_size() + distributed.get_rank() if is_shared() else index
 
-    Processes that are dealt out batches in turn take the grids of one alone.
-    """
-    if is_shared():
-        index = index * distributed.get_world_size() + distributed.get_rank()
+
+def grids(index: int, images: int, step: Axes) -> Iterator[tuple[slice, int]]:
+    """The images of a batch that are looked at at the same positions, and the number of that grid in all processes."""
+    index = in_all_processes(index)
     apart = max(1, images if max(step) == 1 else GRID_IMAGES)
     for number, first in enumerate(range(0, max(1, images), apart)):
         yield slice(first, first + apart), GRIDS * index + number

@@ -19,6 +19,7 @@ from torch import Tensor
 from convsplit.data.moments import (
     as_map,
     evenly,
+    in_all_processes,
     positions_wanted,
     reader_of,
     sampled_outputs,
@@ -36,9 +37,7 @@ from convsplit.spec import Axes, Convolution, axes_of
 Result = TypeVar("Result")
 
 PIECE = 4096  # positions that are worked on at a time
-DROWNS = (
-    1e-4  # of the square of means: variances below it would be told from products of float32 to a hundredth at best
-)
+DROWNS = 1e-4  # of the square of means: products of float32 tell variances below it to a hundredth at best
 JOINED = 4  # positions for each unknown, up to which batches with fewer of them are joined
 
 
@@ -163,7 +162,7 @@ class Samples:
             passed = self.tail.activated(sample.wanted).double()
             return passed.sum(1), passed.square_().sum()
 
-        total, energy = (_total(parts) for parts in zip(*self.each(sums), strict=True))
+        total, energy = _totals(self.each(sums))
         count = all_reduced(torch.tensor(sum(sample.positions for sample in self.batches), device="cpu"))
         return energy - total.square().sum() / count
 
@@ -226,7 +225,9 @@ def take_samples(
         if not (_finite(patches) and _finite(own)):
             raise ValueError(f"batch {index} leads to NaN or infinite values inside the model: leave it out")
         before_activation = stop.tail.answer(own, added[0] if added else None)
-        taken.append(Sample(patches, own, before_activation, added[1] if added else None, whole, index))
+        taken.append(
+            Sample(patches, own, before_activation, added[1] if added else None, whole, in_all_processes(index))
+        )
     return Samples(taken, stop.tail)
 
 
@@ -268,12 +269,7 @@ class Moments:
 
     def towards(self, samples: Samples, targets: Sequence[Tensor]) -> Moments:
         """The same patches with targets [O, n] in each batch."""
-
-        def sums(sample: Sample, y: Tensor) -> tuple[Tensor, Tensor]:
-            return self._sums(sample.patches, y)
-
-        total, products = (_total(parts) for parts in zip(*samples.each(sums, targets), strict=True))
-        return self._with(total, products)
+        return self._with(*_totals(samples.each(lambda sample, y: self._sums(sample.patches, y), targets)))
 
     def towards_nearest(self, samples: Samples, kernel: Tensor, bias: Tensor) -> tuple[Moments, float]:
         """The same where any answer that the activation makes equal will do: those nearest to the current ones.
@@ -292,9 +288,7 @@ class Moments:
                 total, cross = total + own[0], cross + own[1]
             return total, cross, missed
 
-        total, cross, missed = (
-            _total(parts) for parts in zip(*samples.each(sums, samples.equal_answers), strict=True)
-        )
+        total, cross, missed = _totals(samples.each(sums, samples.equal_answers))
         return self._with(total, cross), float(missed)
 
     def _sums(self, patches: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,6 +310,11 @@ class Moments:
             torch.baddbmm(self.patches, self.patch_mean.unsqueeze(2), m), self.cross + t * m,
             torch.zeros_like(self.patch_mean), torch.zeros_like(self.target_mean), self.count, self.dtype,
         )  # fmt: skip
+
+
+def _totals(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The sums of what each batch has several of."""
+    return [_total(each) for each in zip(*parts, strict=True)]
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
