@@ -203,6 +203,21 @@ def test_patches_and_outputs_are_of_the_same_positions(images, transposed):
             torch.testing.assert_close((kernel @ patches).flatten(0, 1), outputs)
 
 
+def test_batches_have_the_numbers_that_they_would_have_in_one_process(monkeypatch):
+    """Which positions are left when they are thinned out goes by these."""
+    conv, x = nn.Conv2d(3, 3, 1), torch.randn(2, 3, 4, 4)
+    values = [(x, conv(x).detach(), None)] * 3
+
+    def numbers():
+        return [sample.batch for sample in take_samples(conv, Stop("", 3, lambda: iter(values)), 1).batches]
+
+    assert numbers() == [0, 1, 2]
+    monkeypatch.setattr("convsplit.data.moments.is_shared", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert numbers() == [1, 3, 5]
+
+
 def test_layers_of_few_components_are_looked_at_through_all_their_inputs(monkeypatch):
     """What patches cost depends on the inputs, how many are enough on the components where those are fewer."""
     monkeypatch.setattr("convsplit.data.moments.LEAST_POSITIONS", 1000)
