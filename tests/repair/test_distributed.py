@@ -29,7 +29,7 @@ convsplit.repair.recalibrate(converted, own)
 convsplit.distill(converted, model, own, epochs=2, held_out=own[:1])
 torch.save(converted.state_dict(), f"{folder}/distilled{{rank}}.pt")
 torch.distributed.barrier()
-os._exit(0)  # all is on disk; gloo's teardown aborts now and then
+os._exit(0)  # all is on disk; a thread of gloo that wants the GIL of an ending interpreter aborts it
 """
 
 
@@ -81,7 +81,7 @@ try:
 except ValueError as error:  # into a file: what two processes print runs into one another
     torch.save(str(error), f"{folder}/refused{{rank}}.pt")
 torch.distributed.barrier()
-os._exit(0)  # all is on disk; gloo's teardown aborts now and then
+os._exit(0)  # all is on disk; a thread of gloo that wants the GIL of an ending interpreter aborts it
 """
 
 
