@@ -21,6 +21,7 @@ from convsplit.lowrank.curve import cp_curve as cp_curve
 from convsplit.lowrank.curve import cp_curves as cp_curves
 from convsplit.lowrank.curve import curve_work as curve_work
 from convsplit.lowrank.factors import CP as CP
+from convsplit.lowrank.factors import affordable as affordable
 from convsplit.lowrank.svd import SliceSVD as SliceSVD
 from convsplit.lowrank.svd import slice_svd as slice_svd
 

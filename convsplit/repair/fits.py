@@ -57,7 +57,12 @@ class Fit:
 
     def metrics(self, moments: Moments, ridge: float) -> list[Metric]:
         """The metric of each group's inputs, which takes over the moments of patches."""
-        return Metric.of(self.centred(moments), self.original.shape[3], ridge)
+        return Metric.of(self.centred(moments), self.kernel_size, ridge)
+
+    @property
+    def kernel_size(self) -> Axes:
+        """Of what the samples are patches of."""
+        return self.layer.kernel_size if self.original.shape[3] > 1 else (1,)
 
     def fit_to(self, moments: Moments, metrics: list[Metric], F: Tensor | None) -> Tensor:
         """Fit to moments, in the metrics of each group's inputs and F [G·O, G·O] of the outputs; returns the bias."""

@@ -11,11 +11,12 @@ The best dense kernel W1 = C S^-1 turns E into the distance || F^(1/2) (W - W1) 
 are fitted; everything below works per group.
 
 What costs time is S times filters [P, R]: 2 P²R operations, the only ones that grow with the square of P. They are
-counted below, and done again only where the filters have changed.
+counted below, and done once for each set of filters; steps on the way to the next are found with `Stationary`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,14 +27,16 @@ from torch.nn.functional import one_hot
 
 from convsplit.data.moments import Marginals, Root, whitened
 from convsplit.forms import Factors, Form
-from convsplit.lowrank import CP, cp
+from convsplit.lowrank import CP, affordable, cp
 from convsplit.repair.samples import Moments
+from convsplit.repair.stationary import Stationary
+from convsplit.spec import Axes
 
 RIDGE = 1e-3  # of the mean variance of an input
-SWEEP_FLOPS = 1e11  # what the alternation of one layer may cost: the largest layers do without
+SWEEP_FLOPS = 1e11  # what CP of one layer may cost, and the alternation, which the largest do without
 CG_STEPS = 2
 MIXED_VALUES = 1 << 24  # of S times filters, for some output channels of pw-dw at once
-CP_SWEEPS = 60  # in the metric of the marginals, from factors that are near
+LEAST_CP_SWEEPS, CP_SWEEPS = 10, 60  # in the metric of the marginals, from factors that are near
 WIDE = 500  # patches from here on are multiplied in float32
 MOST_SWEEPS = 4  # more of them change the drift of a network by less than the choice of images does
 
@@ -44,24 +47,25 @@ class Metric:
 
     S: Tensor
     ridge: Tensor
-    K: int
+    kernel_size: Axes
 
     @classmethod
-    def of(cls, moments: Moments, K: int, ridge: float = RIDGE) -> list[Metric]:
+    def of(cls, moments: Moments, kernel_size: Axes, ridge: float = RIDGE) -> list[Metric]:
         """The metric of each group. The moments of patches are taken over: wide ones are not there twice."""
         diagonal = moments.patches.diagonal(dim1=1, dim2=2)
         # A patch whose inputs never change has no variance, but a metric all the same.
         pulls = (ridge * diagonal.mean(1)).clamp_min(1e-12)
         diagonal.add_(pulls.unsqueeze(1))
-        return [cls(S, pull, K) for S, pull in zip(moments.patches, pulls, strict=True)]
+        return [cls(S, pull, kernel_size) for S, pull in zip(moments.patches, pulls, strict=True)]
 
-    def times(self, filters: Tensor) -> Tensor:
-        """S times filters [P, R], in float32 where P is large: it rounds off far less than the ridge adds."""
-        return (self.narrow @ filters.to(self.narrow.dtype)).to(filters.dtype)
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel, K."""
+        return math.prod(self.kernel_size)
 
     @cached_property
     def narrow(self) -> Tensor:
-        """S in the precision that it is multiplied in."""
+        """S as it is multiplied, in float32 where P is large: that rounds off far less than the ridge adds."""
         return self.S.float() if len(self.S) > WIDE else self.S
 
     def solve(self, pull: Tensor) -> Tensor:
@@ -74,9 +78,14 @@ class Metric:
         return _cholesky(self.narrow) if failed else factor
 
     @cached_property
+    def stationary(self) -> Stationary:
+        """What of S depends on the distance of positions alone."""
+        return Stationary.of(self.narrow, self.kernel_size)
+
+    @cached_property
     def marginals(self) -> Marginals:
         """Second moments over channels and over positions; S is near their Kronecker product."""
-        S = self.S.reshape(1, -1, self.K, len(self.S) // self.K, self.K)
+        S = self.S.reshape(1, -1, self.taps, len(self.S) // self.taps, self.taps)
         return Marginals(S.diagonal(dim1=2, dim2=4).mean(3), S.diagonal(dim1=1, dim2=3).mean(3))
 
 
@@ -100,6 +109,11 @@ class Quadratic:
     def nearly_best(self) -> Tensor:
         """The same but for the rounding of `Metric.solve`: what factors start from."""
         return self.metric.solve(self.pull.flatten(1)).reshape(self.pull.shape)
+
+    @cached_property
+    def narrow_pull(self) -> Tensor:
+        """What pulls, [O, P], in the precision that S is multiplied in."""
+        return self.pull.flatten(1).to(self.metric.narrow.dtype)
 
     @cached_property
     def constant(self) -> float:
@@ -135,17 +149,16 @@ def fit_factors(
     The SVD forms have a best start, and it is cheap. CP goes on from the layer's own factors and from `starts`, fits of
     the same kernel in other metrics.
     """
-    whitened = [whitened_factors(problem, form, current, even=even, seed=seed)]
-    fitted = [improved(problem, start, sweeps=0) for start in (current, *starts, *whitened)]
-    start = min(fitted, key=lambda each: each[1])[0]
+    starts = (current, *starts, whitened_factors(problem, form, current, even=even, seed=seed))
+    start = min((Point.of(problem, each) for each in starts), key=lambda point: point.loss)
     # Of one position the metric is that of the channels, and the SVD in it the best there is.
-    sweeps = min(MOST_SWEEPS, _affordable_sweeps(problem, start)) if form.filters else 0
-    return improved(problem, start, sweeps)[0] if sweeps else start
+    sweeps = min(MOST_SWEEPS, _affordable_sweeps(problem.metric, current.spatial.shape[1])) if form.filters else 0
+    return improved(problem, start, sweeps).factors
 
 
 def with_last_stage(problem: Quadratic, start: Factors) -> Factors:
     """The same factors but for the last stage, which is the best there is."""
-    return improved(problem, start, sweeps=0)[0]
+    return Point.of(problem, start).factors
 
 
 def whitened_factors(problem: Quadratic, form: Form, current: Factors, *, even: bool, seed: int) -> Factors:
@@ -162,7 +175,8 @@ def whitened_factors(problem: Quadratic, form: Form, current: Factors, *, even: 
         white = torch.einsum("gpo,goik->gpik", outputs, white).contiguous()
     if form.filters and current.outputs is not None and current.inputs is not None:
         A, B, C = outputs @ current.outputs, channels.root @ current.inputs.mT, positions.root @ current.spatial.mT
-        cp_fit = cp(white, A.shape[2], start=CP(A, B, C, error=1.0), iterations=CP_SWEEPS)
+        sweeps = affordable(white.shape, A.shape[2], SWEEP_FLOPS, LEAST_CP_SWEEPS, CP_SWEEPS)
+        cp_fit = cp(white, A.shape[2], start=CP(A, B, C, error=1.0), iterations=sweeps)
         fit = Factors(spatial=cp_fit.C.mT, inputs=cp_fit.B.mT, outputs=cp_fit.A)
     else:
         fit = form.factorise(white, current.spatial.shape[1], even=even, seed=seed)
@@ -170,50 +184,80 @@ def whitened_factors(problem: Quadratic, form: Form, current: Factors, *, even: 
     return replace(fit, spatial=fit.spatial @ positions.inverse, inputs=inputs)
 
 
-def improved(problem: Quadratic, start: Factors, sweeps: int, tolerance: float = 2e-4) -> tuple[Factors, float]:
-    """Alternating least squares on E, the last stage exactly in the end; with it E, but for its constant.
+@dataclass(frozen=True)
+class Point:
+    """Factors of one group whose last stage is the best there is behind the others; picks stand as one-hot columns."""
 
-    The last stage is solved for, the ones before it take a few conjugate gradient steps each: their systems have I·R
-    and K·R unknowns and are never formed. A stage that only picks channels stays as it is.
+    start: Factors  # which of the stages pick, and what
+    A: Tensor  # [O, R]
+    B: Tensor  # [I, R]
+    C: Tensor  # [K, R]
+    SM: Tensor  # [P, R], S times the filters
+    loss: float  # E, but for its constant
+
+    @classmethod
+    def of(cls, problem: Quadratic, start: Factors) -> Point:
+        """From factors [1, ...]."""
+        I, dtype = problem.pull.shape[1], problem.metric.narrow.dtype
+        B = start.inputs[0].mT if start.inputs is not None else _picks(start, I)
+        return cls.behind(problem, start, B.to(dtype), start.spatial[0].mT.to(dtype))
+
+    @classmethod
+    def behind(cls, problem: Quadratic, start: Factors, B: Tensor, C: Tensor) -> Point:
+        """The last stage solved for, behind the others."""
+        S, pull = problem.metric.narrow, problem.narrow_pull
+        if start.outputs is None:
+            A, C = _picks(start, len(pull)).to(B), fit_spatial_last(problem, B, start).mT
+            SM = S @ _filters(B, C)
+            gained = (_filters(B, C) * ((SM @ A.mT - 2 * pull.mT) @ A)).sum(dtype=torch.float64)
+            return cls(start, A, B, C, SM, float(gained))  # F = 1 where outputs are only picked
+        C = _unit_columns(C)
+        M = _filters(B, C)
+        SM, pulled = S @ M, pull @ M
+        A = _cholesky_solve((M.mT @ SM).double(), pulled.mT.double()).mT.to(B)
+        gained = -(problem.F.to(A) @ A * pulled).sum(dtype=torch.float64)  # A solves its own system
+        return cls(start, A, B, C, SM, float(gained))
+
+    @property
+    def factors(self) -> Factors:
+        """As they were given, [1, ...]."""
+        return Factors(
+            spatial=self.C.double().mT.unsqueeze(0),
+            outputs=None if self.start.outputs is None else self.A.double().unsqueeze(0),
+            inputs=None if self.start.inputs is None else self.B.double().mT.unsqueeze(0),
+            channels=self.start.channels,
+        )
+
+
+def improved(problem: Quadratic, start: Point, sweeps: int, tolerance: float = 2e-4) -> Point:
+    """Alternating least squares on E, the last stage exactly.
+
+    The stages before the last take a few conjugate gradient steps each: their systems have I·R and K·R unknowns and are
+    never formed. A stage that only picks channels stays as it is. Steps are those of a metric that is only near S; what
+    has not lowered E is not kept.
     """
-    S = problem.metric.times
-    B, C = _inputs_and_spatial(problem, start)
-    A = start.outputs[0] if start.outputs is not None else _picks(start, len(problem.pull))
-    pull = problem.pull.flatten(1)
-    loss = float("inf")
-    for sweep in range(sweeps + 1):
-        if start.outputs is None:
-            C = fit_spatial_last(problem, B, start).mT
-            M = _filters(B, C)
-            W = A @ M.mT
-            before, loss = loss, float((W * (S(W.mT).mT - 2 * pull)).sum())  # F = 1 where outputs are only picked
-        else:
-            C = _unit_columns(C)
-            M = _filters(B, C)
-            SM = S(M)
-            A = _cholesky_solve(M.mT @ SM, (pull @ M).mT).mT
-            before, loss = loss, -float((problem.F @ A * (pull @ M)).sum())  # A solves its own system
-        if sweep == sweeps or before - loss < tolerance * (problem.constant + loss):
-            break
-        if start.outputs is None:
-            SM = S(M)
-        else:
+    metric, point = problem.metric, start
+    F, pull = problem.F.to(metric.narrow), problem.narrow_pull
+    for _ in range(sweeps):
+        A, B, C, SM = point.A, point.B, point.C, point.SM
+        if point.start.outputs is not None:
             scale = A.norm(dim=0)
             A, C, SM = _unit_columns(A), C * scale, SM * scale
-        weighted = problem.F @ A
-        gram, pulled = A.mT @ weighted, pull.mT @ weighted
-        if start.inputs is not None:
-            B = _improved_inputs(problem, gram, pulled - SM @ gram, B, C)
-        if start.outputs is not None:
-            SM = SM if start.inputs is None else S(_filters(B, C))
-            C = _improved_spatial(problem, gram, pulled - SM @ gram, B, C)
-    fitted = Factors(
-        spatial=C.mT.unsqueeze(0),
-        outputs=None if start.outputs is None else A.unsqueeze(0),
-        inputs=None if start.inputs is None else B.mT.unsqueeze(0),
-        channels=start.channels,
-    )
-    return fitted, loss
+        weighted = F @ A
+        gram = A.mT @ weighted
+        residual = pull.mT @ weighted - SM @ gram
+        if point.start.inputs is not None:
+            moved = _improved_inputs(metric, gram, residual, B, C)
+            if point.start.outputs is not None:
+                residual = residual - metric.stationary.filtered(moved - B, C) @ gram
+            B = moved
+        if point.start.outputs is not None:
+            C = _improved_spatial(metric, gram, residual, B, C)
+        before, found = point.loss, Point.behind(problem, point.start, B, C)
+        point = found if found.loss < before else point
+        if before - found.loss < tolerance * (problem.constant + found.loss):
+            break
+    return point
 
 
 def fit_spatial_last(problem: Quadratic, B: Tensor, start: Factors) -> Tensor:
@@ -234,40 +278,42 @@ def fit_spatial_last(problem: Quadratic, B: Tensor, start: Factors) -> Tensor:
             b = B[:, own].reshape(I, len(some), count)
             mixed = (b.flatten(1).to(S).mT @ S).reshape(len(some), count, K, I, K)
             normal = torch.einsum("cmkil,icn->cmknl", mixed, b.to(S)).reshape(len(some), count * K, count * K)
-            rhs = torch.einsum("icm,cik->cmk", b, problem.pull[some]).reshape(len(some), -1, 1)
-            spatial[own] = _cholesky_solve(normal.to(rhs), rhs).reshape(-1, K)
+            rhs = torch.einsum("icm,cik->cmk", b.double(), problem.pull[some]).reshape(len(some), -1, 1)
+            spatial[own] = _cholesky_solve(normal.double(), rhs).reshape(-1, K).to(B)
     return spatial
 
 
-def _improved_inputs(problem: Quadratic, gram: Tensor, residual: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """B [I, R] nearer to the solution of its normal equations; `residual` is A'F (W1 - W) S as [P, R]."""
-    positions = problem.metric.marginals.positions[0]
-    return _improved(
-        problem, gram, residual, B, problem.metric.marginals.channels[0], gram * (C.mT @ positions @ C),
-        filters=lambda X: _filters(X, C), gather=lambda Y: torch.einsum("ikr,kr->ir", Y, C),
-    )  # fmt: skip
-
-
-def _improved_spatial(problem: Quadratic, gram: Tensor, residual: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """C [K, R] likewise."""
-    channels = problem.metric.marginals.channels[0]
-    return _improved(
-        problem, gram, residual, C, problem.metric.marginals.positions[0], gram * (B.mT @ channels @ B),
-        filters=lambda X: _filters(B, X), gather=lambda Y: torch.einsum("ikr,ir->kr", Y, B),
-    )  # fmt: skip
-
-
-def _improved(
-    problem: Quadratic, gram: Tensor, residual: Tensor, start: Tensor, own: Tensor, mixed: Tensor, *,
-    filters: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor],
-) -> Tensor:  # fmt: skip
-    """A few conjugate gradient steps on gather(S filters(X) gram) = gather(pull), preconditioned by own x mixed."""
-    shape, S = (-1, problem.metric.K, residual.shape[1]), problem.metric.narrow
+def _improved_inputs(metric: Metric, gram: Tensor, residual: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """B [I, R] nearer to the solution of its normal equations; `residual` is S (W1 - W)'F A as [P, R]."""
+    rows = C.mT.contiguous()
 
     def apply(X: Tensor) -> Tensor:
-        return gather((S @ filters(X).to(S) @ gram.to(S)).to(X).reshape(shape))
+        moved = metric.stationary.times(metric.stationary.seen(X.mT), rows)
+        return (rows.unsqueeze(1) @ _mixed(gram, moved)).squeeze(1).mT
 
-    return _conjugate_gradients(apply, _kronecker_inverse(own, mixed), start, gather(residual.reshape(shape)))
+    residual = torch.einsum("ikr,kr->ir", residual.view(len(B), len(C), -1), C)
+    channels, positions = (each[0].to(B) for each in (metric.marginals.channels, metric.marginals.positions))
+    precondition = _kronecker_inverse(channels, gram * (C.mT @ positions @ C))
+    return _conjugate_gradients(apply, precondition, B, residual)
+
+
+def _improved_spatial(metric: Metric, gram: Tensor, residual: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """C [K, R] likewise."""
+    rows = B.mT.contiguous()
+    seen = metric.stationary.seen(rows)
+
+    def apply(X: Tensor) -> Tensor:
+        return (_mixed(gram, metric.stationary.times(seen, X.mT)) @ rows.unsqueeze(2)).squeeze(2).mT
+
+    residual = torch.einsum("ikr,ir->kr", residual.view(len(B), len(C), -1), B)
+    channels, positions = (each[0].to(B) for each in (metric.marginals.channels, metric.marginals.positions))
+    precondition = _kronecker_inverse(positions, gram * (B.mT @ channels @ B))
+    return _conjugate_gradients(apply, precondition, C, residual)
+
+
+def _mixed(gram: Tensor, rows: Tensor) -> Tensor:
+    """Rows [R, K, I] of components times their products [R, R]."""
+    return (gram @ rows.flatten(1)).view_as(rows)
 
 
 def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
@@ -328,20 +374,14 @@ def _unit_columns(matrix: Tensor) -> Tensor:
     return matrix / norms.clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
-def _inputs_and_spatial(problem: Quadratic, factors: Factors) -> tuple[Tensor, Tensor]:
-    """B [I, R] and C [K, R] of one group."""
-    B = factors.inputs[0].mT if factors.inputs is not None else _picks(factors, problem.pull.shape[1])
-    return B, factors.spatial[0].mT
-
-
 def _picks(factors: Factors, channels: int) -> Tensor:
     """The stage [channels, R] that only picks channels, as a matrix."""
     assert factors.channels is not None
     return one_hot(factors.channels[0], channels).mT.to(factors.spatial.dtype)
 
 
-def _affordable_sweeps(problem: Quadratic, factors: Factors) -> int:
+def _affordable_sweeps(metric: Metric, rank: int) -> int:
     """As many sweeps as the operations allow; none for the largest layers, whose start is good already."""
-    P, R = len(problem.metric.S), factors.spatial.shape[1]
-    products = 2 + 2 * CG_STEPS
-    return int(SWEEP_FLOPS / (2.0 * P * P * R * products))
+    P, saved = len(metric.S), metric.stationary.distances / metric.taps**2
+    products = 1 + (CG_STEPS + 2) * saved  # of `Point.behind`, and of both steps
+    return int(SWEEP_FLOPS / (2.0 * P * P * rank * products))

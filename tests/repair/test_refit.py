@@ -34,7 +34,7 @@ from convsplit.lowrank import cp
 from convsplit.repair.fits import AllFactors, LastPointwise
 from convsplit.repair.grams import Overlap
 from convsplit.repair.samples import Moments, Sample, Samples, take_samples
-from convsplit.repair.solve import Metric, Quadratic, fit_factors, improved, quadratics
+from convsplit.repair.solve import Metric, Point, Quadratic, fit_factors, improved, quadratics
 
 
 def drift(model: nn.Module, converted: nn.Module, inputs: torch.Tensor) -> float:
@@ -121,7 +121,7 @@ def test_patches_are_what_a_convolution_sees():
     x = torch.randn(8, 4, 9, 9)
     samples = take_samples(conv, Stop("", 1, lambda: iter([(x, conv(x), None)])), 2)
     moments = Moments.of(samples).towards(samples, samples.targets())
-    problems = quadratics(grouped(conv.weight.detach() * 0, 2), moments, Metric.of(moments, 6, 1e-9))
+    problems = quadratics(grouped(conv.weight.detach() * 0, 2), moments, Metric.of(moments, (3, 2), 1e-9))
     best = torch.cat([problem.best for problem in problems])
     torch.testing.assert_close(best.float(), grouped(conv.weight.detach(), 2).flatten(0, 1), rtol=1e-3, atol=1e-4)
     assert padded(conv, x).shape == (8, 4, 11, 9)
@@ -260,7 +260,7 @@ def test_some_of_the_positions_are_of_all_columns(width):
 
 def test_kernels_of_many_unknowns_are_as_good_as_in_float64():
     """Factors begin near the best kernel; a dense one is as precise as S allows."""
-    problem = problem_of(O=4, I=70, K=9)
+    problem = problem_of(O=4, I=70, alike=False)
     assert problem.metric.narrow.dtype == torch.float32
     wanted = torch.linalg.solve(problem.metric.S, problem.pull.flatten(1).T).T.reshape(problem.pull.shape)
     near, best = ((each - wanted).norm() / wanted.norm() for each in (problem.nearly_best, problem.best))
@@ -268,14 +268,26 @@ def test_kernels_of_many_unknowns_are_as_good_as_in_float64():
     assert best < 1e-3 * near
 
 
-def problem_of(O: int = 6, I: int = 5, K: int = 9) -> Quadratic:
-    """The quadratic of a layer whose inputs are correlated."""
+def problem_of(O: int = 6, I: int = 5, kernel_size: tuple[int, ...] = (3, 3), alike: bool = True) -> Quadratic:
+    """The quadratic of a layer whose inputs are correlated, those of all positions `alike` or not."""
+    K = math.prod(kernel_size)
     mixing = torch.randn(I * K, I * K, dtype=torch.float64)
     S = mixing @ mixing.T / (I * K) + 0.1 * torch.eye(I * K)
+    if alike:
+        S = moments_of_smooth_maps(I, kernel_size) + 0.1 * torch.eye(I * K)
     weights = torch.randn(O, O, dtype=torch.float64)
     kernel = torch.randn(O, I, K, dtype=torch.float64)
     pull = (kernel.flatten(1) @ S).reshape(kernel.shape)
-    return Quadratic(Metric(S, torch.tensor(0.0), K), pull, weights @ weights.T + torch.eye(O))
+    return Quadratic(Metric(S, torch.tensor(0.0), kernel_size), pull, weights @ weights.T + torch.eye(O))
+
+
+def moments_of_smooth_maps(I: int, kernel_size: tuple[int, ...]) -> torch.Tensor:
+    """S of maps that correlate the less the farther apart, one mixture of channels less than another."""
+    taps = torch.cartesian_prod(*map(torch.arange, kernel_size)).view(-1, len(kernel_size))
+    distance = (taps.unsqueeze(1) - taps).abs().sum(2).double()
+    mixtures = torch.randn(2, I, I, dtype=torch.float64) / I**0.5
+    parts = zip(mixtures @ mixtures.mT, (0.3, 0.9), strict=True)
+    return sum((torch.kron(channels, at_one**distance) for channels, at_one in parts), torch.zeros(()))
 
 
 def energy(problem: Quadratic, factors: Factors) -> float:
@@ -284,10 +296,11 @@ def energy(problem: Quadratic, factors: Factors) -> float:
     return float(torch.trace(problem.F @ W @ (problem.metric.S @ W.T - 2 * problem.pull.flatten(1).T)))
 
 
+@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_alternation_lowers_the_error_and_says_how_far(form):
+def test_alternation_lowers_the_error_and_says_how_far(form, alike):
     torch.manual_seed(0)
-    problem = problem_of()
+    problem = problem_of(alike=alike)
     if not FORMS[form].projects:
         problem = replace(problem, F=torch.eye(6, dtype=torch.float64))
     conv = nn.Conv2d(5, 6, 3, bias=False)
@@ -295,10 +308,11 @@ def test_alternation_lowers_the_error_and_says_how_far(form):
     start = SeparableConv2d.from_conv(conv, form=form, components={"dw-pw": 10, "pw-dw": 12}.get(form, 8))
     factors = start.factors().to(torch.float64)
     losses = [energy(problem, factors)]
+    start = Point.of(problem, factors)
     for sweeps in (0, 1, 4, 16):
-        fitted, loss = improved(problem, factors, sweeps, tolerance=0.0)
-        assert loss == pytest.approx(energy(problem, fitted), rel=1e-6)
-        losses.append(loss)
+        found = improved(problem, start, sweeps, tolerance=0.0)
+        assert found.loss == pytest.approx(energy(problem, found.factors), rel=1e-6)
+        losses.append(found.loss)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[1]
     assert losses[-1] > -problem.constant
@@ -314,12 +328,19 @@ def test_at_full_rank_the_fit_is_the_best_dense_kernel(form):
     torch.testing.assert_close(fitted.kernel(6, 5)[0], problem.best, rtol=1e-3, atol=1e-3)
 
 
-def test_wide_layers_multiply_in_single_precision():
-    S = torch.randn(1100, 1100, dtype=torch.float64)
-    metric, filters = Metric(S, torch.tensor(0.0), 1), torch.randn(1100, 3, dtype=torch.float64)
-    product = metric.times(filters)
-    assert product.dtype == torch.float64
-    torch.testing.assert_close(product, S @ filters, rtol=1e-4, atol=1e-3)
+def test_wide_layers_are_fitted_in_single_precision_as_in_double(monkeypatch):
+    torch.manual_seed(0)
+    problem = problem_of(O=8, I=60)
+    conv = nn.Conv2d(60, 8, 3, bias=False)
+    conv.weight.data.copy_(problem.best.reshape(8, 60, 3, 3))
+    factors = SeparableConv2d.from_conv(conv, form="pw-dw-pw", components=6).factors().to(torch.float64)
+    narrow = improved(problem, Point.of(problem, factors), 4)
+    monkeypatch.setattr(sys.modules["convsplit.repair.solve"], "WIDE", 1000)
+    again = replace(problem, metric=replace(problem.metric))  # nothing is known of it yet
+    wide = improved(again, Point.of(again, factors), 4)
+    assert (narrow.SM.dtype, wide.SM.dtype) == (torch.float32, torch.float64)
+    assert narrow.factors.outputs.dtype == torch.float64
+    assert narrow.loss == pytest.approx(wide.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("target", ["layer", "activation"])

@@ -200,7 +200,9 @@ def test_moments_give_the_dense_least_squares_solution(
         samples = take_samples(conv, Stop("", 1, lambda x=x, y=answers: iter([(x, y, None)])), groups)
         moments = Moments.of(samples).towards(samples, samples.targets()).uncentred()
         nothing = grouped(conv.weight.detach() * 0, groups, transposed)
-        best = torch.stack([each.best for each in quadratics(nothing, moments, Metric.of(moments, 3**axes, 1e-9))])
+        best = torch.stack(
+            [each.best for each in quadratics(nothing, moments, Metric.of(moments, (3,) * axes, 1e-9))]
+        )
         design = responses(conv, x, groups).double().detach()
         wanted = answers.transpose(0, 1).reshape(groups, 6 // groups, -1).double()
         oracle = torch.linalg.lstsq(design.mT, wanted.mT).solution.mT
