@@ -1,15 +1,17 @@
 """What repair costs, as a multiple of one forward pass of both models over its batches, for models of several kinds.
 
-    python -m benchmarks repair [--cases resnet18 yolo recogniser detection] [--threads 2] [--rounds 3] [--busy]
+    python -m benchmarks repair [--cases resnet18 yolo recogniser detection hed] [--budget params=0.5] [--threads 2]
+        [--rounds 3] [--busy]
 
-Each case gives a model and batches. Its convolutions become CP forms of rank 64 without data (which is quick); then
-one forward pass of both models and `refit` are timed in turn, and medians told.
+Each case gives a model and batches. Its convolutions become CP forms of rank 64 without data (which is quick), or keep
+a budget; then one forward pass of both models and `refit` are timed in turn, and medians told.
 `PYTHONPATH` of another commit measures that one.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import sys
 import warnings
@@ -20,10 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import convsplit
 from benchmarks.clock import another_process, timed
 from benchmarks.results import MULTIPLE, Sheet
+from convsplit import Budget
+from convsplit.cli.arguments import budget as budget_of
 from convsplit.tables import Table
 
 Case = Callable[[], tuple[nn.Module, list[Any]]]
@@ -127,11 +132,39 @@ def detection() -> tuple[nn.Module, list[Any]]:
     return model, [([image],) for image in torch.rand(6, 3, 300, 300)]
 
 
-CASES: dict[str, Case] = {"resnet18": resnet18, "yolo": yolo, "recogniser": recogniser, "detection": detection}
+class Edges(nn.Module):
+    """HED: VGG16 with an output on each of five scales and one of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import torchvision
+
+        layers, ends = torchvision.models.vgg16().features, (0, 4, 9, 16, 23, 30)
+        self.stages = nn.ModuleList(layers[first:end] for first, end in itertools.pairwise(ends))
+        self.sides = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in (64, 128, 256, 512, 512))
+        self.fuse = nn.Conv2d(5, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides, size = [], x.shape[-2:]
+        for stage, side in zip(self.stages, self.sides, strict=True):
+            x = stage(x)
+            sides.append(F.interpolate(side(x), size, mode="bilinear"))
+        return self.fuse(torch.cat(sides, 1)).sigmoid()
+
+
+def hed() -> tuple[nn.Module, list[Any]]:
+    """HED, 16 images of 224x224."""
+    return Edges(), list(torch.randn(16, 3, 224, 224).split(4))
+
+
+CASES: dict[str, Case] = {
+    "resnet18": resnet18, "yolo": yolo, "recogniser": recogniser, "detection": detection, "hed": hed,
+}  # fmt: skip
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES)[:4], choices=list(CASES))
+    parser.add_argument("--budget", type=budget_of, help="what convolutions keep, such as params=0.5; else rank 64")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", action="store_true", help="with another process that keeps one core busy")
@@ -146,21 +179,22 @@ def measure(arguments: Namespace) -> Iterator[Sheet]:
     rows = []
     with another_process() if arguments.busy else nullcontext():
         for name in arguments.cases:
-            passes, repairs = medians(*CASES[name](), arguments.rounds)
+            passes, repairs = medians(*CASES[name](), arguments.budget, arguments.rounds)
             rows.append([name, f"{passes:.1f}", f"{repairs:.1f}", f"{repairs / passes:.1f}"])
             print(rows[-1], file=sys.stderr, flush=True)
     table = Table(["case", "forward pass of both (s)", "refit (s)", "multiple"], rows, frozenset({"case"}))
     yield Sheet("repair", table, ["case"], {"multiple": MULTIPLE})
 
 
-def medians(model: nn.Module, batches: list[Any], rounds: int) -> tuple[float, float]:
+def medians(model: nn.Module, batches: list[Any], budget: Budget | None, rounds: int) -> tuple[float, float]:
     """Medians of the seconds that one forward pass of both models and a repair take."""
     torch.manual_seed(0)
     if all(isinstance(batch, Tensor) for batch in batches):
         with torch.no_grad():  # statistics of batch norm under which features live
             model.train()(torch.cat(batches[:4]))
     model.eval()
-    converted = convsplit.convert(model, rank=64, forms="pw-dw-pw")
+    how: dict[str, Any] = {"rank": 64, "forms": "pw-dw-pw"} if budget is None else {"budget": budget}
+    converted = convsplit.convert(model, **how)
     passes, repairs = [], []
     for _ in range(rounds):
         twin = copy.deepcopy(converted)

@@ -51,7 +51,7 @@ def test_taps_may_see_more_or_less(kernel_size):
     torch.testing.assert_close(Stationary.of(S, kernel_size).filtered(B, C), product(S, B, C))
 
 
-@pytest.mark.parametrize(("side", "off"), [(1, 1e-12), (2, 0.35), (4, 0.25), (16, 0.1)])
+@pytest.mark.parametrize(("side", "off"), [(1, 1e-12), (2, 0.25), (4, 0.1), (16, 0.01)])
 def test_it_is_near_on_small_maps_that_are_padded(side, off):
     """On maps of one position only the middle tap sees anything."""
     torch.manual_seed(0)
