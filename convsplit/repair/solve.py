@@ -276,8 +276,8 @@ def fit_spatial_last(problem: Quadratic, B: Tensor, start: Factors) -> Tensor:
         for some in torch.split((counts == count).nonzero().squeeze(1), at_once) if count else ():
             own = torch.isin(channels, some).nonzero().squeeze(1)  # `count` of each channel in turn, as channels rise
             b = B[:, own].reshape(I, len(some), count)
-            mixed = (b.flatten(1).to(S).mT @ S).reshape(len(some), count, K, I, K)
-            normal = torch.einsum("cmkil,icn->cmknl", mixed, b.to(S)).reshape(len(some), count * K, count * K)
+            mixed = (b.flatten(1).mT @ S).reshape(len(some), count, K, I, K)
+            normal = torch.einsum("cmkil,icn->cmknl", mixed, b).reshape(len(some), count * K, count * K)
             rhs = torch.einsum("icm,cik->cmk", b.double(), problem.pull[some]).reshape(len(some), -1, 1)
             spatial[own] = _cholesky_solve(normal.double(), rhs).reshape(-1, K).to(B)
     return spatial
@@ -325,7 +325,7 @@ def _kronecker_inverse(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor
 def _conjugate_gradients(
     apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor
 ) -> Tensor:
-    """A few steps from x with its residual; every step lowers the quadratic, so stopping early is safe."""
+    """A few steps from x with its residual; every step lowers the quadratic of `apply`, so stopping early is safe."""
     direction = z = precondition(residual)
     rz = (residual * z).sum()
     for _ in range(CG_STEPS):

@@ -4,7 +4,7 @@ Patches are cut from maps, so that the products of what reaches two taps k and l
 the maps, a function of k - l alone: S [I·K, I·K] has K² blocks [I, I] and only as many different ones as there are
 distances, 25 instead of 81 for a kernel of 3 x 3. Taps that often look past a border see less, so that is
 
-    S[k, l] ~ w_k w_l T[k - l]    with w_k² the mean variance at tap k, and T [D, I, I] by least squares.
+    S[k, l] ~ w_k w_l T[k - l]    with w_k² the variance at tap k, of the mean of all, and T [D, I, I] by least squares.
 
 Products with filters of one component each, b_r times c_r, come down to products of T with B, and to sums over taps.
 What is found so is near S, not S: good for the direction and the length of a step, not for what the step has gained.
@@ -40,7 +40,8 @@ class Stationary:
         apart = _numbered_distances(kernel_size).to(S.device)
         K, I = len(apart), len(S) // len(apart)
         by_tap = S.reshape(I, K, I, K)
-        w = by_tap.diagonal(dim1=1, dim2=3).diagonal().mean(1).sqrt()
+        variance = by_tap.diagonal(dim1=1, dim2=3).diagonal().mean(1)
+        w = (variance / variance.mean()).sqrt()
         blocks = S.new_zeros(math.prod(2 * size - 1 for size in kernel_size), I, I)
         for l in range(K):  # S is symmetric: the blocks of all k and this l, transposed
             blocks.index_add_(0, apart[:, l], by_tap[:, l].permute(2, 0, 1) * (w * w[l])[:, None, None])
