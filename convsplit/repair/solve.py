@@ -29,7 +29,7 @@ from convsplit.data.moments import Marginals, Root, whitened
 from convsplit.forms import Factors, Form
 from convsplit.lowrank import CP, affordable, cp
 from convsplit.repair.samples import Moments
-from convsplit.repair.stationary import Stationary
+from convsplit.repair.stationary import Stationary, distances
 from convsplit.spec import Axes
 
 RIDGE = 1e-3  # of the mean variance of an input
@@ -208,8 +208,9 @@ class Point:
         S, pull = problem.metric.narrow, problem.narrow_pull
         if start.outputs is None:
             A, C = _picks(start, len(pull)).to(B), fit_spatial_last(problem, B, start).mT
-            SM = S @ _filters(B, C)
-            gained = (_filters(B, C) * ((SM @ A.mT - 2 * pull.mT) @ A)).sum(dtype=torch.float64)
+            M = _filters(B, C)
+            SM = S @ M
+            gained = (M * ((SM @ A.mT - 2 * pull.mT) @ A)).sum(dtype=torch.float64)
             return cls(start, A, B, C, SM, float(gained))  # F = 1 where outputs are only picked
         C = _unit_columns(C)
         M = _filters(B, C)
@@ -382,6 +383,6 @@ def _picks(factors: Factors, channels: int) -> Tensor:
 
 def _affordable_sweeps(metric: Metric, rank: int) -> int:
     """As many sweeps as the operations allow; none for the largest layers, whose start is good already."""
-    P, saved = len(metric.S), metric.stationary.distances / metric.taps**2
-    products = 1 + (CG_STEPS + 2) * saved  # of `Point.behind`, and of both steps
+    P, share = len(metric.S), distances(metric.kernel_size) / metric.taps**2
+    products = 1 + (CG_STEPS + 2) * share  # of `Point.behind`, and of both steps
     return int(SWEEP_FLOPS / (2.0 * P * P * rank * products))

@@ -28,7 +28,7 @@ class Stationary:
 
     blocks: Tensor  # [I, D·I], the transposed T[d] side by side
     weights: Tensor  # w [K]
-    apart: Tensor  # [K, K], the number of the distance k - l
+    places: Tensor  # [K·K], of tap k and the distance k - l in [K, D], for each k and l
 
     @classmethod
     def of(cls, S: Tensor, kernel_size: Sequence[int]) -> Stationary:
@@ -42,37 +42,37 @@ class Stationary:
         by_tap = S.reshape(I, K, I, K)
         variance = by_tap.diagonal(dim1=1, dim2=3).diagonal().mean(1)
         w = (variance / variance.mean()).sqrt()
-        blocks = S.new_zeros(math.prod(2 * size - 1 for size in kernel_size), I, I)
+        blocks = S.new_zeros(distances(kernel_size), I, I)
         for l in range(K):  # S is symmetric: the blocks of all k and this l, transposed
             blocks.index_add_(0, apart[:, l], by_tap[:, l].permute(2, 0, 1) * (w * w[l])[:, None, None])
         total = w.new_zeros(len(blocks)).index_add_(0, apart.flatten(), w.square().outer(w.square()).flatten())
         blocks /= total.clamp_min(torch.finfo(S.dtype).tiny)[:, None, None]
-        return cls(blocks.transpose(0, 1).flatten(1), w, apart)
-
-    @property
-    def distances(self) -> int:
-        """How many there are, D."""
-        return self.blocks.shape[1] // len(self.blocks)
+        places = torch.arange(K, device=S.device).unsqueeze(1) * len(blocks) + apart
+        return cls(blocks.transpose(0, 1).flatten(1), w, places.flatten())
 
     def seen(self, B: Tensor) -> Tensor:
         """Each block times the inputs [R, I] of components: [R, D, I]."""
-        return (B @ self.blocks).view(len(B), self.distances, -1)
+        return (B @ self.blocks).view(len(B), -1, len(self.blocks))
 
     def times(self, seen: Tensor, C: Tensor) -> Tensor:
         """S times the filters b_r c_r, for `seen` of b and c [R, K]: [R, K, I]."""
-        K = len(self.weights)
-        pairs = (torch.arange(K, device=C.device)[:, None] * self.distances + self.apart).flatten()
+        K, D = len(self.weights), seen.shape[1]
         weighed = C * self.weights
-        at_once, parts = max(1, SPREAD // (K * self.distances)), list[Tensor]()
+        at_once, parts = max(1, SPREAD // (K * D)), list[Tensor]()
         for own, c in zip(torch.split(seen, at_once), torch.split(weighed, at_once), strict=True):
-            spread = c.new_zeros(len(c), K * self.distances)
-            spread[:, pairs] = (self.weights[:, None] * c.unsqueeze(1)).flatten(1)
-            parts.append(spread.view(len(c), K, -1) @ own)
+            spread = c.new_zeros(len(c), K * D)
+            spread[:, self.places] = (self.weights[:, None] * c.unsqueeze(1)).flatten(1)
+            parts.append(spread.view(len(c), K, D) @ own)
         return torch.cat(parts)
 
     def filtered(self, B: Tensor, C: Tensor) -> Tensor:
         """S times the filters of inputs [I, R] and positions [K, R]: [P, R], channel by channel."""
         return self.times(self.seen(B.mT), C.mT).permute(2, 1, 0).flatten(0, 1)
+
+
+def distances(kernel_size: Sequence[int]) -> int:
+    """How many there are between the taps of a kernel, D."""
+    return math.prod(2 * size - 1 for size in kernel_size)
 
 
 def _numbered_distances(kernel_size: Sequence[int]) -> Tensor:

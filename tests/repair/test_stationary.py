@@ -38,7 +38,8 @@ def test_it_is_exact_where_maps_have_no_borders(kernel_size, at_once, monkeypatc
     S = moments(maps, kernel_size, "circular")
     B, C = torch.randn(3, 5, dtype=torch.float64), torch.randn(math.prod(kernel_size), 5, dtype=torch.float64)
     found = Stationary.of(S, kernel_size)
-    assert found.distances == math.prod(2 * size - 1 for size in kernel_size)
+    assert found.blocks.shape[1] // 3 == stationary.distances(kernel_size)
+    assert stationary.distances(kernel_size) == math.prod(2 * size - 1 for size in kernel_size)
     torch.testing.assert_close(found.filtered(B, C), product(S, B, C))
 
 
